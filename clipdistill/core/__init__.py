@@ -1,0 +1,1 @@
+"""Files, manifests, fingerprints and errors: no knowledge of the domain."""

@@ -1,0 +1,141 @@
+import re
+
+import pytest
+from pydantic import BaseModel
+
+from clipdistill.config import RunConfig, Section, evaluation_sets, known_sets
+from clipdistill.core.errors import ConfigError
+
+BASE = {"name": "a", "data": {"train": ["pictures"], "val": "val.csv"}, "teacher": {"model": "ViT-B-32"}}
+
+
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name in ("val.csv", "a.csv", "b.csv"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def parse(base, **sections):
+    raw = {**BASE, **sections}
+    return RunConfig.parse(raw, base)
+
+
+def faults(base, **sections):
+    with pytest.raises(ConfigError) as caught:
+        parse(base, **sections)
+    return caught.value.faults
+
+
+def test_paths_start_at_the_file_and_sources_take_short_forms(base):
+    path = base / "run.toml"
+    path.write_text(
+        'name = "a"\n[data]\ntrain = ["pictures", {path = "a.csv", captions = "title", weight = 2}]\ntest = "b.csv"\n'
+        '[teacher]\nmodel = "ViT-B-32"\n[train]\nlr = 1\n'
+    )
+    config = RunConfig.load(path, ["train.steps=7", "seed=3"])
+    assert [source.path for source in config.data.train] == [str(base / "pictures"), str(base / "a.csv")]
+    assert config.data.train[1].captions == ("title",)
+    assert config.data.train[1].weight == 2.0
+    assert config.data.test["test"][0].path == str(base / "b.csv")
+    assert (config.train.steps, config.seed, config.train.lr) == (7, 3, 1.0)
+
+
+def test_the_resolved_file_reads_back_equal(base):
+    config = parse(base, data={**BASE["data"], "test": {"one": "a.csv", "two": ["b.csv"]}}, train={"betas": [0.8, 0.9]})
+    (base / "resolved.toml").write_text(config.to_toml())
+    assert RunConfig.load(base / "resolved.toml") == config
+
+
+def test_every_fault_is_told_at_once(base):
+    found = faults(
+        base,
+        data={"train": "nowhere", "vla": 3},
+        teacher={"model": "ViT-B-32", "embeddings": "none"},
+        train={"stpes": 3, "precision": "fp8", "lr": -1, "batch": True},
+    )
+    text = "\n".join(found)
+    assert "data.vla: unknown key; did you mean 'val'?" in text
+    assert "data.train: no such file or folder: nowhere" in text
+    assert "train.stpes: unknown key; did you mean 'steps'?" in text
+    assert "train.precision: 'fp8' is not one of auto, fp32, bf16, fp16" in text
+    assert "train.lr:" in text
+    assert "train.batch:" in text
+    assert "give either teacher.model or teacher.embeddings" in text
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {"batch": 0}}, "nothing to train on"),
+        ({"data": {}, "train": {}}, "data.train: train.batch asks for pairs"),
+        ({"evaluate": {"sets": ["tset"]}}, "evaluate.sets: no set named 'tset'"),
+        ({"cache": {"view_scale": [0.9, 0.1]}}, "cache.view_scale"),
+        ({"data": {**BASE["data"], "hold_out": {"val": 0.1}}}, "data.hold_out.val: rows are held out"),
+        ({"data": {**BASE["data"], "test": {"val": "a.csv"}}}, "not a name for an evaluation set"),
+        ({"data": {**BASE["data"], "test": "*.tsv"}}, "nothing matches"),
+        ({"loss": {"temperature": 0}}, "loss.temperature"),
+        ({"loss": {"clip": float("nan")}}, "loss.clip"),
+        ({"loss": {"preset": "defualt"}}, "did you mean 'default'"),
+        ({"teacher": {"embeddings": "pictures"}}, "logit_scale"),
+        ({"student": {"image_weights": "no.safetensors"}}, "student.image_weights: no such file"),
+        ({"seed": "x"}, "seed:"),
+    ],
+)
+def test_faults(base, sections, message):
+    assert any(message in fault for fault in faults(base, **sections)), faults(base, **sections)
+
+
+def test_checks_add_their_faults(base):
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.parse({**BASE, "nmae": 1}, base, checks=[lambda raw, _: [f"teacher: {raw['teacher']['model']}!"]])
+    assert caught.value.faults == ["nmae: unknown key; did you mean 'name'?", "teacher: ViT-B-32!"]
+
+
+def test_sets(base):
+    config = parse(base, data={**BASE["data"], "test": {"one": "a.csv", "two": "b.csv"}})
+    assert evaluation_sets(config) == ("one", "two")
+    assert known_sets(config) == ("train", "val", "one", "two")
+    assert evaluation_sets(parse(base)) == ("val",)
+    held = parse(base, data={"train": "pictures", "hold_out": {"val": 0.1, "test": 0.1}})
+    assert evaluation_sets(held) == ("test",)
+    assert known_sets(held) == ("train", "val", "test")
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            keys += _keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def test_the_loss_presets_are_those_of_the_losses():
+    from clipdistill.config import Preset
+    from clipdistill.losses.presets import PRESETS
+
+    assert set(Preset.__args__) == set(PRESETS)
+
+
+def test_the_keys_are_frozen():
+    """A new key is a promise: it is added here on purpose."""
+    assert " ".join(_keys(RunConfig)) == re.sub(
+        r"\s+",
+        " ",
+        """name seed data.train data.val data.test data.images data.texts data.hold_out.val data.hold_out.test
+        data.hold_out.by data.max_pixels data.max_rejected teacher.model teacher.pretrained teacher.embeddings
+        teacher.logit_scale teacher.logit_bias teacher.batch teacher.precision teacher.device cache.folder cache.views
+        cache.view_seed cache.view_scale cache.shard_rows cache.probe_rows cache.probe_cosine student.image
+        student.text student.image_init student.text_init student.pretrained student.image_weights student.image_size
+        student.dim student.vocab_size loss.preset loss.clip loss.siglip loss.affinity loss.feature_cosine
+        loss.feature_mse loss.interactive loss.temperature loss.teacher_scale loss.student_scale loss.affinity_rows
+        loss.multi_positive train.steps train.batch train.batch_images train.batch_texts train.accumulation train.lr
+        train.lr_image train.lr_text train.weight_decay train.betas train.warmup train.final_lr train.grad_clip
+        train.freeze train.precision train.ema train.eval_every train.save_every train.log_every train.workers
+        train.max_skipped train.threads train.device index.factory index.sets evaluate.ks evaluate.sets
+        report.strips""",
+    )
