@@ -1,0 +1,1 @@
+"""The user's pictures and texts: records, readers, splits, views, decoding."""
