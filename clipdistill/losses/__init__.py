@@ -1,0 +1,1 @@
+"""The formulas: one idea a file, summed by the objective."""
