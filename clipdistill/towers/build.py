@@ -1,0 +1,249 @@
+"""Building a student: its towers, its vocabulary, and what both begin with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from clipdistill.core.errors import ConfigError
+from clipdistill.towers import weights
+from clipdistill.towers.blueprint import ImageTower, TextTower, image_tower, student_faults, text_tower, timm_defaults
+from clipdistill.towers.inherit import teacher_token_table, token_table
+from clipdistill.towers.preprocess import Preprocess
+from clipdistill.towers.student import MAX_PIXELS, DualEncoder, assemble, projections, seeded
+from clipdistill.towers.tokenizer import StudentTokenizer, default_backend, teacher_backend
+from clipdistill.towers.vocabulary import prune
+
+__all__ = ["build_student", "student_faults"]
+
+_FIRST_SCALE = 1 / 0.07  # CLIP's own
+_TOKENIZER = "clipdistill-student"  # any name will do: open_clip reads a folder's own tokenizer when there is one
+
+
+class TeacherParts(Protocol):
+    """What a student may begin from: its teacher's model and tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+
+def build_student(
+    *,
+    image: str,
+    text: str,
+    dim: int,
+    teacher_dim: int,
+    image_init: Literal["pretrained", "random"],
+    text_init: Literal["inherit", "pretrained", "random"],
+    texts: Sequence[str],
+    seed: int,
+    pretrained: str | None = None,
+    image_weights: Path | None = None,
+    image_size: int | None = None,
+    vocab_size: int | None = None,
+    teacher: TeacherParts | None = None,
+    logit_scale: float | None = None,
+    logit_bias: float | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> DualEncoder:
+    """Build an untrained student, a function of its arguments alone.
+
+    Args:
+        image: The picture tower: a preset (nano, tiny, small), an open_clip configuration or a timm model.
+        text: The text tower: a preset or an open_clip configuration.
+        dim: The width of its embeddings.
+        teacher_dim: The width of the teacher's; where they differ the student has a projection.
+        image_init: Where the picture tower's weights come from.
+        text_init: ``inherit`` takes the token table from the teacher's; ``pretrained`` the whole text tower from
+            open_clip; both prune the vocabulary to ``texts``, as ``random`` does.
+        texts: What the vocabulary is for.
+        seed: Decides everything that is random.
+        pretrained: An open_clip tag or checkpoint file, for towers that are open_clip configurations.
+        image_weights: A safetensors file of the picture tower, under timm's names.
+        image_size: The side of the pictures in pixels; None takes the tower's own.
+        vocab_size: The most entries of the vocabulary; None keeps all that the texts use.
+        teacher: Its ``model`` and ``tokenizer``; None where only its embeddings are known: then the vocabulary is
+            pruned from CLIP's.
+        logit_scale: exp(logit_scale) at first; None takes CLIP's 1 / 0.07.
+        logit_bias: SigLIP's bias at first; None for a model without one.
+        max_pixels: Pictures that claim more are refused.
+
+    Returns:
+        The student in eval mode, on the CPU.
+
+    Raises:
+        ConfigError: If a name is unknown, choices do not go together, or weights are missing, do not fit or cannot be
+            fetched.
+    """
+    faults = list(student_faults(image, text))
+    if faults:
+        raise ConfigError(faults)
+    picture, words = image_tower(image, dim, image_size), text_tower(text)
+    plan = _Plan(picture, words, image_init, text_init, pretrained, image_weights, teacher)
+    faults = list(_choice_faults(plan))
+    if faults:
+        raise ConfigError(faults)
+    vocabulary = prune(_backend(plan), texts, size=vocab_size)
+    tokenizer = StudentTokenizer(vocabulary.backend, words.text_cfg["context_length"])
+    model_cfg = {
+        "embed_dim": dim,
+        "custom_text": True,
+        "quick_gelu": any(_quick_gelu(plan)),
+        "init_logit_scale": math.log(_FIRST_SCALE if logit_scale is None else logit_scale),
+        **({} if logit_bias is None else {"init_logit_bias": logit_bias}),
+        "vision_cfg": picture.vision_cfg,
+        "text_cfg": {
+            **words.text_cfg,
+            "vocab_size": tokenizer.vocab_size,
+            "hf_tokenizer_name": _TOKENIZER,
+            "pad_id": tokenizer.pad_id,
+            "eos_id": tokenizer.end_id,
+        },
+    }
+    model: Any = _assembled(model_cfg, picture, seed)
+    if image_init == "pretrained":
+        weights.fill_image(model.visual, picture, image_weights, pretrained)
+    _fill_text(model.text, plan, vocabulary.teacher_ids, seed)
+    maps = None if dim == teacher_dim else projections(dim, teacher_dim, seed)
+    student = DualEncoder(model, model_cfg, tokenizer, _preprocess(plan), projection=maps, max_pixels=max_pixels)
+    student.module.eval()
+    return student
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What was chosen, with the towers found."""
+
+    image: ImageTower
+    text: TextTower
+    image_init: str
+    text_init: str
+    pretrained: str | None
+    image_weights: Path | None
+    teacher: TeacherParts | None
+
+
+def _choice_faults(plan: _Plan) -> Iterator[str]:
+    image, text = plan.image, plan.text
+    if plan.text_init == "inherit" and (plan.teacher is None or teacher_token_table(plan.teacher.model) is None):
+        yield (
+            'student.text_init: "inherit" takes the token table from a teacher\'s text tower, and there is none here '
+            '(embeddings only, or no table); set student.text_init = "random" or "pretrained"'
+        )
+    if plan.text_init == "pretrained" and not text.loadable:
+        yield (
+            f'student.text_init: "pretrained" needs an open_clip configuration with CLIP\'s own text tower and '
+            f'tokenizer, such as ViT-B-32; {text.name} is not one: set student.text_init = "inherit" or "random"'
+        )
+    if plan.text_init == "pretrained" and plan.pretrained is None:
+        yield f"student.pretrained: missing: the text tower of {text.name} needs an open_clip tag or a file"
+    asks = (plan.image_init == "pretrained" and image.open_clip_name) or plan.text_init == "pretrained"
+    if plan.pretrained is not None and not asks:
+        yield (
+            f"student.pretrained: {plan.pretrained!r} is for open_clip configurations with pretrained towers, which "
+            f"neither {image.name} nor {text.name} is here; leave it out (timm towers take student.image_weights)"
+        )
+    if plan.image_init == "random" and plan.image_weights is not None:
+        yield 'student.image_weights: given, but student.image_init is "random"; leave one of the two out'
+    if plan.image_init == "pretrained" and plan.image_weights is None and not image.timm_name and not plan.pretrained:
+        yield (
+            f"student.pretrained: missing: {image.name} needs an open_clip tag or a file for its weights; valid: "
+            f'{", ".join(weights.tags(image.name))}; or set student.image_init = "random"'
+        )
+    if len(set(_quick_gelu(plan))) == 2:
+        yield (
+            f"student.text: the pretrained towers of {image.name} and {text.name} differ in QuickGELU, which open_clip "
+            "sets for both at once; take both from one configuration"
+        )
+
+
+def _quick_gelu(plan: _Plan) -> list[bool]:
+    """Which activation each pretrained tower asks for that minds; else the one of the picture tower's configuration."""
+    image, text, wanted = plan.image, plan.text, []
+    if image.quick_gelu is not None and plan.image_init == "pretrained":
+        wanted.append(image.quick_gelu or weights.needs_quick_gelu(image.name, plan.pretrained))
+    if plan.text_init == "pretrained":
+        wanted.append(text.quick_gelu or weights.needs_quick_gelu(text.name, plan.pretrained))
+    return wanted or [bool(image.quick_gelu)]
+
+
+def _backend(plan: _Plan) -> Tokenizer:
+    """The tokenizer that the vocabulary is pruned from: the teacher's; CLIP's where that is not known or not wanted."""
+    if plan.teacher is None or plan.text_init == "pretrained":
+        return default_backend()
+    return teacher_backend(plan.teacher.tokenizer)
+
+
+def _assembled(model_cfg: dict[str, Any], image: ImageTower, seed: int) -> nn.Module:
+    """Build the model and let a picture of noise through, since only that shows whether a tower really fits.
+
+    Raises:
+        ConfigError: If the tower cannot be built, cannot take this size, or gives no embedding of the asked width.
+    """
+    height, width = image.size
+    noise = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    try:
+        model: Any = assemble(model_cfg, seed).eval()
+        _enliven(model.visual, seed)
+        with torch.no_grad():
+            found = model.visual(noise)
+    except (ArithmeticError, AssertionError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as fault:
+        raise ConfigError(_misfit(image, " ".join(str(fault).split())[:200] or type(fault).__name__)) from fault
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != (1, model_cfg["embed_dim"]) or not bool(found.isfinite().all() and found.any()):
+        raise ConfigError(_misfit(image, f"it gives {shape} where one row of {model_cfg['embed_dim']} is needed"))
+    return cast(nn.Module, model)
+
+
+def _misfit(image: ImageTower, reason: str) -> str:
+    native = timm_defaults(image.timm_name).get("input_size", image.size)[-1] if image.timm_name else image.size[0]
+    if native != image.size[0]:
+        return (
+            f"student.image_size: {image.name} cannot take {image.size[0]} px ({reason}). open_clip rebuilds this "
+            f"tower for {native} px only: leave student.image_size out, or choose a convolutional tower or one of "
+            "open_clip's own ViTs, which take any size"
+        )
+    return f"student.image: {image.name} cannot be a student's picture tower: {reason}"
+
+
+def _enliven(visual: Any, seed: int) -> None:
+    """Draw a last layer that its network leaves at zero, from which no direction could be learnt."""
+    last = visual.trunk.get_classifier() if hasattr(visual, "trunk") else None
+    if isinstance(last, nn.Linear) and not bool(last.weight.any()):
+        with seeded(seed):
+            nn.init.normal_(last.weight, std=last.in_features**-0.5)
+
+
+def _fill_text(text: Any, plan: _Plan, teacher_ids: list[int | None], seed: int) -> None:
+    if plan.text_init == "pretrained":
+        source = weights.open_clip_model(plan.text.name, plan.pretrained or "", "student.text")
+        weights.fill_text(text, source, teacher_ids)
+    elif plan.text_init == "inherit" and plan.teacher is not None:
+        table = teacher_token_table(plan.teacher.model)
+        if table is not None:
+            generator = torch.Generator().manual_seed(seed)
+            width = plan.text.text_cfg["width"]
+            text.token_embedding.weight.data.copy_(token_table(table, teacher_ids, width, generator=generator))
+
+
+def _preprocess(plan: _Plan) -> Preprocess:
+    """The tower's own mean, deviation and filter; open_clip's defaults where it has none."""
+    import open_clip
+
+    image = plan.image
+    known: dict[str, Any] = {}
+    if image.open_clip_name is not None and plan.image_init == "pretrained" and plan.pretrained is not None:
+        known = open_clip.get_pretrained_cfg(image.open_clip_name, plan.pretrained) or {}
+    elif image.timm_name is not None and (image.open_clip_name is None or plan.image_init == "pretrained"):
+        known = timm_defaults(image.timm_name)
+    kept = {key: known[key] for key in ("mean", "std", "resize_mode") if known.get(key)}
+    if known.get("interpolation") in ("bicubic", "bilinear"):
+        kept["interpolation"] = known["interpolation"]
+    return Preprocess.from_open_clip({**kept, "size": image.size})

@@ -1,0 +1,339 @@
+"""The student: a small open_clip model with its own tokenizer and preprocessing, made, measured and shipped as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipdistill.core import files, fingerprint, manifest
+from clipdistill.core.errors import ConfigError, DataError, MismatchError
+from clipdistill.data.pictures import decode
+from clipdistill.data.records import Picture
+from clipdistill.towers import context
+from clipdistill.towers.encoder import Vectors
+from clipdistill.towers.preprocess import Preprocess
+from clipdistill.towers.tokenizer import StudentTokenizer, Tokens
+
+Side = Literal["image", "text"]
+Item = TypeVar("Item")
+
+CONFIG, WEIGHTS, PROJECTION = "open_clip_config.json", "open_clip_model.safetensors", "projection.safetensors"
+MAX_PIXELS = 100_000_000
+_KIND, _VERSION = "student", 1
+_REMEDY = "Train the student again, or copy its folder again from where it was made."
+_MOMENTUM = 0.1  # TensorFlow's networks come with 0.01, with which a short run evaluates on stale statistics
+_TEXTS_AT_ONCE = 1 << 16
+
+
+class DualEncoder:
+    """A student that embeds pictures and texts: an :class:`~clipdistill.towers.encoder.Encoder`.
+
+    Args:
+        model: An open_clip CustomTextCLIP, as :func:`assemble` makes it.
+        model_cfg: The ``model_cfg`` that open_clip makes that model from.
+        tokenizer: Its tokenizer.
+        preprocess: Its preprocessing.
+        projection: ``image`` and ``text`` linear maps to the teacher's space; None where both widths are equal.
+        max_pixels: Pictures that claim more are refused.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        model_cfg: Mapping[str, Any],
+        tokenizer: StudentTokenizer,
+        preprocess: Preprocess,
+        *,
+        projection: nn.ModuleDict | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.model: Any = model
+        self.tokenizer, self.preprocess, self.projection = tokenizer, preprocess, projection
+        self.max_pixels = max_pixels
+        self.module = nn.ModuleDict(
+            {"model": model} if projection is None else {"model": model, "projection": projection}
+        )
+        self._model_cfg = deepcopy(dict(model_cfg))
+        self._memory_format = torch.channels_last if prefers_channels_last(model) else torch.contiguous_format
+        self.module.to(memory_format=self._memory_format)
+
+    @property
+    def dim(self) -> int:
+        """The width of the embeddings."""
+        return int(self._model_cfg["embed_dim"])
+
+    @property
+    def teacher_dim(self) -> int:
+        """The width of the teacher's embeddings, which :meth:`to_teacher` maps to."""
+        return self.dim if self.projection is None else len(self.projection.get_parameter("image.weight"))
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters it has: both towers and, where there is one, the projection."""
+        return sum(value.numel() for value in self.module.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.module.parameters()).device
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides an embedding: weights, preprocessing, tokenizer; not the logit scale."""
+        weights = {name: value for name, value in self.module.state_dict().items() if "logit_" not in name}
+        parts = [fingerprint.of_tensors(weights), self.preprocess.to_open_clip(), self.tokenizer.fingerprint]
+        return fingerprint.of_value(parts)
+
+    def to(self, device: torch.device | str) -> DualEncoder:
+        """Move it to a device, in place."""
+        self.module.to(device)
+        return self
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Embed prepared pictures, differentiably.
+
+        Args:
+            pixels: float [pictures, 3, height, width].
+
+        Returns:
+            float32 [pictures, dim], unit rows.
+        """
+        features = self.model.visual(pixels.contiguous(memory_format=self._memory_format))
+        return F.normalize(features.float(), dim=-1)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Embed token rows of any length up to the context, differentiably.
+
+        Args:
+            tokens: int64 [texts, length].
+
+        Returns:
+            float32 [texts, dim], unit rows.
+        """
+        return F.normalize(context.encode(self.model, tokens).float(), dim=-1)
+
+    def to_teacher(self, embeddings: Tensor, side: Side) -> Tensor:
+        """Map embeddings to the teacher's space, differentiably; the identity where both have one width.
+
+        Args:
+            embeddings: float [rows, dim].
+            side: Which tower they are from.
+
+        Returns:
+            float [rows, teacher_dim], unit rows.
+        """
+        if self.projection is None:
+            return embeddings
+        return F.normalize(self.projection[side](embeddings), dim=-1)
+
+    def to_teacher_vectors(self, vectors: Vectors, side: Side) -> Vectors:
+        """Map stored embeddings to the teacher's space: float32 [rows, teacher_dim], unit rows."""
+        with torch.inference_mode():
+            rows = torch.from_numpy(np.array(vectors, np.float32)).to(self.device)
+            return _numpy(self.to_teacher(rows, side))
+
+    def encode_images(self, pictures: Sequence[Picture], batch: int = 64) -> Vectors:
+        """Embed pictures: float32 [pictures, dim], unit rows.
+
+        Args:
+            pictures: What to embed.
+            batch: How many go through the tower at once; never changes a result beyond rounding.
+
+        Raises:
+            DataError: If a picture cannot be read or decoded, naming it.
+        """
+        vectors = np.zeros((len(pictures), self.dim), np.float32)
+        with _evaluating(self.module):
+            for start in range(0, len(pictures), batch):
+                part = pictures[start : start + batch]
+                pixels = self.preprocess.normalise(np.stack([self._pixels(picture) for picture in part]))
+                embedded = self.embed_pixels(torch.from_numpy(pixels).to(self.device))
+                vectors[start : start + len(part)] = _numpy(embedded)
+        return vectors
+
+    def encode_texts(self, texts: Sequence[str], batch: int = 256) -> Vectors:
+        """Embed texts: float32 [texts, dim], unit rows, in the order of the texts.
+
+        Args:
+            texts: What to embed.
+            batch: How many go through the tower at once; never changes a result beyond rounding. Texts of like length
+                go together, so that little of a batch is padding.
+        """
+        vectors = np.zeros((len(texts), self.dim), np.float32)
+        with _evaluating(self.module):
+            for start in range(0, len(texts), _TEXTS_AT_ONCE):
+                tokens = self.tokenizer.encode(texts[start : start + _TEXTS_AT_ONCE])
+                for rows, part in _by_length(tokens, batch):
+                    vectors[start + rows] = _numpy(self.embed_tokens(torch.from_numpy(part).to(self.device)))
+        return vectors
+
+    def set_scale(self, scale: float, bias: float | None = None) -> None:
+        """Set what open_clip multiplies its cosines with, and adds to them; no embedding changes.
+
+        Args:
+            scale: exp(logit_scale): 1 / temperature.
+            bias: SigLIP's logit bias; None leaves the model's own, if it has one.
+
+        Raises:
+            ConfigError: If the scale is not positive.
+        """
+        if not scale > 0:
+            raise ConfigError(f"logit_scale: must be above 0, got {scale}")
+        with torch.no_grad():
+            self.model.logit_scale.fill_(float(np.log(scale)))
+            if bias is not None and self.model.logit_bias is None:
+                self.model.logit_bias = nn.Parameter(torch.zeros_like(self.model.logit_scale))
+                self._model_cfg["init_logit_bias"] = bias
+            if bias is not None:
+                self.model.logit_bias.fill_(bias)
+
+    def save(self, folder: Path, extra: Mapping[str, Any] | None = None) -> None:
+        """Write the student as a folder that open_clip loads as ``local-dir:FOLDER``.
+
+        Args:
+            folder: Takes the place of whatever is there, at once and only when all is written.
+            extra: Further values for the manifest: what the student was made from.
+        """
+        folder = Path(folder)
+        with files.replaced_folder(folder) as aside:
+            config = {"model_cfg": self._model_cfg, "preprocess_cfg": self.preprocess.to_open_clip()}
+            files.write_json(aside / CONFIG, config)
+            save_file(_plain(self.model), aside / WEIGHTS, metadata={"format": "pt"})
+            self.tokenizer.save(aside)
+            if self.projection is not None:
+                save_file(_plain(self.projection), aside / PROJECTION, metadata={"format": "pt"})
+            values = {
+                "fingerprint": self.fingerprint,
+                "dim": self.dim,
+                "teacher_dim": self.teacher_dim,
+                "parameters": self.parameters,
+                "extra": dict(extra or {}),
+            }
+            manifest.write(aside, _KIND, _VERSION, values)
+
+    @staticmethod
+    def load(folder: Path, *, max_pixels: int = MAX_PIXELS) -> DualEncoder:
+        """Read what :meth:`save` wrote, after comparing every file with the manifest's SHA-256.
+
+        Args:
+            folder: A student's folder.
+            max_pixels: Pictures that claim more are refused.
+
+        Raises:
+            DataError: If it is not a student's folder.
+            MismatchError: If a file is missing or is not the one that was written.
+        """
+        folder = Path(folder)
+        values = manifest.read(folder, _KIND, _VERSION, _REMEDY)
+        manifest.verify_files(folder, values.get("files", {}), _REMEDY)
+        config = files.read_json(folder / CONFIG)
+        try:
+            model = assemble(config["model_cfg"])
+        except (AssertionError, RuntimeError, TypeError, ValueError) as fault:
+            raise DataError(
+                f"{folder}: its model cannot be rebuilt here ({fault}). It was made with {values.get('libraries')}; "
+                f"installed: {manifest.libraries()}"
+            ) from fault
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        projection = None
+        if values["teacher_dim"] != values["dim"]:
+            projection = projections(values["dim"], values["teacher_dim"])
+            projection.load_state_dict(load_file(folder / PROJECTION))
+        tokenizer = StudentTokenizer.load(folder)
+        preprocess = Preprocess.from_open_clip(config["preprocess_cfg"])
+        student = DualEncoder(
+            model, config["model_cfg"], tokenizer, preprocess, projection=projection, max_pixels=max_pixels
+        )
+        if student.fingerprint != values["fingerprint"]:
+            raise MismatchError(str(folder), "fingerprint", values["fingerprint"], student.fingerprint, _REMEDY)
+        student.module.eval()
+        return student
+
+    def _pixels(self, picture: Picture) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        try:
+            data = picture.read()
+        except OSError as fault:
+            raise DataError(f"{picture.origin}: cannot be read: {fault.strerror or fault}") from fault
+        return self.preprocess.pixels(decode(data, self.max_pixels, picture.origin))
+
+
+def assemble(model_cfg: Mapping[str, Any], seed: int = 0) -> nn.Module:
+    """Make a model by open_clip's own class, as open_clip itself would from the saved configuration.
+
+    Args:
+        model_cfg: open_clip's ``model_cfg``, with ``custom_text``.
+        seed: Decides the random weights; the ambient random state is neither used nor moved.
+    """
+    from open_clip.model import CustomTextCLIP
+
+    arguments = {key: deepcopy(value) for key, value in model_cfg.items() if key != "custom_text"}
+    with seeded(seed):
+        model: nn.Module = CustomTextCLIP(**arguments)
+    for part in model.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.momentum = _MOMENTUM
+    return model
+
+
+def projections(dim: int, teacher_dim: int, seed: int = 0) -> nn.ModuleDict:
+    """Linear maps from the student's space to the teacher's, at first one and the same rotation for both sides."""
+    with seeded(seed):
+        rotation = nn.init.orthogonal_(torch.empty(teacher_dim, dim))
+        maps = {side: nn.Linear(dim, teacher_dim, bias=False) for side in ("image", "text")}
+    for linear in maps.values():
+        linear.weight.data.copy_(rotation)
+    return nn.ModuleDict(maps)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A block in which torch's CPU randomness starts from a seed; the ambient state is as before afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def prefers_channels_last(model: nn.Module) -> bool:
+    """Whether the picture tower is convolutional: such towers run 1.3-5 times faster with the channels last."""
+    tower = getattr(model, "visual", model)
+    return sum(isinstance(part, nn.Conv2d) for part in tower.modules()) > 4  # a ViT's patch embedding is one or a few
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """A block without gradients and with every part in eval mode; each part's own mode is put back afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():  # not inference mode: a network may keep a table that training needs with gradients
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _by_length(tokens: Tokens, batch: int) -> Iterator[tuple[np.ndarray[Any, Any], Tokens]]:
+    """Batches of texts of like length: their row numbers, and their tokens up to the last end token."""
+    lengths = tokens.argmax(axis=1) + 1  # the end token's id is the largest; a text may spell out the padding's name
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        yield rows, np.ascontiguousarray(tokens[rows, : int(lengths[rows].max())])
+
+
+def _numpy(rows: Tensor) -> Vectors:
+    return np.asarray(rows.cpu().numpy(), np.float32)
+
+
+def _plain(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the weights in the plain memory order, one storage each, as safetensors needs them."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
