@@ -1,0 +1,69 @@
+"""The summary at the end of a run, for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from clipdistill.evaluation import RetrievalReport
+from clipdistill.report import tables
+from clipdistill.report.tables import EXACT, QUERY_SIDE, STUDENT, TEACHER, Cell, Line, ResultTable
+
+_LEFT_TO_THE_PAGE = ("recall", "rbo", "teacher_top1")
+_NAMES = {TEACHER: "teacher", QUERY_SIDE: "student on teacher", STUDENT: "student"}
+_NOTE = "student on teacher: the student's queries against the teacher's vectors; index: through FAISS; else exact"
+
+
+def summary(report: Mapping[str, Any]) -> list[Table | Text | str]:
+    """A table for each set and direction, sizes and speeds, and what it comes to in a sentence or two.
+
+    Args:
+        report: The run's report, schema ``clipdistill.run-report/1``.
+
+    Returns:
+        Things that ``rich`` prints, in order; nothing in them is read as markup.
+    """
+    results = tables.result_tables(RetrievalReport.from_json(report["evaluation"]))
+    found: list[Table | Text | str] = []
+    for table in results:
+        title = f"{table.set}: {table.title.lower()}, {table.protocol}"
+        found += [Text(title, style="bold"), _results(table), ""]
+    if results:
+        found += [_NOTE, ""]
+    return [*found, _comparison(report), "", *map(Text, tables.headline(report, results))]
+
+
+def _results(table: ResultTable) -> Table:
+    columns = [place for place, (measure, _) in enumerate(table.columns) if measure not in _LEFT_TO_THE_PAGE]
+    shown = _table([tables.heading(*table.columns[place]).replace("@", "\n@") for place in columns])
+    for line in table.lines:
+        cells = [_cell(line.cells[place], table.columns[place][0]) for place in columns]
+        shown.add_row(_name(line), *cells, style="bold" if (line.pairing, line.search) == (STUDENT, EXACT) else "")
+    return shown
+
+
+def _name(line: Line) -> Text:
+    name = _NAMES.get(line.pairing, line.pairing)
+    return Text(name if line.search == EXACT else f"{name}, index")
+
+
+def _cell(cell: Cell, measure: str) -> Text:
+    return Text(f"{cell.text} {cell.interval}".strip() if measure == "retention" else cell.text)
+
+
+def _comparison(report: Mapping[str, Any]) -> Table:
+    shown = _table(["teacher", "student", "ratio"])
+    for row in tables.comparisons(report):
+        shown.add_row(row.name, row.teacher, row.student, row.ratio)
+    return shown
+
+
+def _table(headings: Sequence[str]) -> Table:
+    shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
+    shown.add_column("", no_wrap=True)
+    for heading in headings:
+        shown.add_column(heading, justify="right", no_wrap=True)
+    return shown

@@ -1,0 +1,82 @@
+"""One step's input: pictures and texts for the student, the teacher's rows for them, and who belongs to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipdistill.data.records import Rejection
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's input. The first ``pairs`` pictures and texts belong together, row by row; the others are unpaired.
+
+    Attributes:
+        step: The step, counted from 0.
+        pixels: float32 [images, 3, height, width].
+        tokens: int64 [texts, length].
+        teacher_images: float32 [images, D], unit rows.
+        teacher_texts: float32 [texts, D], unit rows.
+        positives: bool [pairs, pairs]; [i, j] where text j is a caption of picture i.
+        pairs: How many rows are paired.
+        keys: Of the pictures.
+        texts: The texts themselves.
+        rejected: Pictures that could not be read; their rows, and their paired texts, are left out of all the above.
+    """
+
+    step: int
+    pixels: Tensor
+    tokens: Tensor
+    teacher_images: Tensor
+    teacher_texts: Tensor
+    positives: Tensor
+    pairs: int
+    keys: tuple[str, ...]
+    texts: tuple[str, ...]
+    rejected: tuple[Rejection, ...]
+
+    @property
+    def samples(self) -> int:
+        """How many rows: a pair counts once."""
+        return len(self.keys) + len(self.texts) - self.pairs
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        tensors = ("pixels", "tokens", "teacher_images", "teacher_texts", "positives")
+        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in tensors}
+        return replace(self, **moved)
+
+    def parts(self, count: int) -> Iterator[Batch]:
+        """Cut the batch into parts: pairs, further pictures and further texts each as evenly as they divide.
+
+        Args:
+            count: How many parts; fewer are made where there are fewer rows of a kind.
+        """
+        kinds = (self.pairs, len(self.keys) - self.pairs, len(self.texts) - self.pairs)
+        count = min([count, *(rows for rows in kinds if rows)])
+        if count <= 1:
+            yield self
+            return
+        for part in range(count):
+            pairs, images, texts = (range(part * rows // count, (part + 1) * rows // count) for rows in kinds)
+            yield self._part(list(pairs), [self.pairs + row for row in images], [self.pairs + row for row in texts])
+
+    def _part(self, pairs: list[int], images: list[int], texts: list[int]) -> Batch:
+        images, texts = pairs + images, pairs + texts
+        return Batch(
+            step=self.step,
+            pixels=self.pixels[images],
+            tokens=self.tokens[texts],
+            teacher_images=self.teacher_images[images],
+            teacher_texts=self.teacher_texts[texts],
+            positives=self.positives[pairs][:, pairs],
+            pairs=len(pairs),
+            keys=tuple(self.keys[row] for row in images),
+            texts=tuple(self.texts[row] for row in texts),
+            rejected=(),
+        )

@@ -1,0 +1,299 @@
+"""From the data to the batch of a step: which rows, which caption, which view, and the teacher's embeddings of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipdistill.config import TrainConfig
+from clipdistill.core.errors import ConfigError, DataError
+from clipdistill.data.records import Pair
+from clipdistill.data.views import View
+from clipdistill.training.batch import Batch
+from clipdistill.training.pictures import PictureReader, Preparation, ReadPictures
+from clipdistill.training.sampler import Stream, choose
+
+KEPT_BYTES = 512 << 20
+"""Bytes of prepared pictures that are kept in memory, so that later epochs decode nothing; only without workers."""
+_KEPT_TEXTS = 1 << 20
+
+Vectors = npt.NDArray[np.float32]
+
+
+class TeacherRows(Protocol):
+    """What training needs from a teacher cache."""
+
+    @property
+    def dim(self) -> int:
+        """The width of the teacher's embeddings."""
+        ...
+
+    @property
+    def scale(self) -> float:
+        """The teacher's exp(logit_scale)."""
+        ...
+
+    @property
+    def bias(self) -> float | None:
+        """The teacher's SigLIP bias, or None."""
+        ...
+
+    @property
+    def views(self) -> int:
+        """How many views of each picture there are; view 0 is the whole picture."""
+        ...
+
+    def image_rows(self, keys: Sequence[str], views: Sequence[int]) -> Vectors:
+        """The teacher's unit rows [len(keys), dim] of these views of these pictures."""
+        ...
+
+    def text_rows(self, texts: Sequence[str]) -> Vectors:
+        """The teacher's unit rows [len(texts), dim] of these texts."""
+        ...
+
+    def view(self, key: str, number: int) -> View:
+        """The part of a picture that the teacher saw."""
+        ...
+
+    def mark(self, key: str) -> str | None:
+        """:func:`clipdistill.core.fingerprint.of_bytes` of the picture; None where it is not known."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """What the batches need from a student's tokenizer."""
+
+    def encode(self, texts: Sequence[str], *, cut: bool = True) -> npt.NDArray[np.int64]:
+        """Token ids [texts, length], padded with 0 behind each text's end."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The rows to train on.
+
+    Attributes:
+        pairs: Pictures with their captions.
+        weights: How often each pair is drawn against the others; empty = equally often.
+        images: Further pictures; their captions are not used.
+        texts: Further texts.
+    """
+
+    pairs: tuple[Pair, ...]
+    weights: tuple[float, ...] = ()
+    images: tuple[Pair, ...] = ()
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Which rows a step has: pictures with their views, and texts; the first ``pairs`` of each belong together."""
+
+    pictures: list[tuple[Pair, int]]
+    texts: list[str]
+    pairs: int
+
+
+@final
+class BatchMaker:
+    """Makes the batch of any step: a pure function of the data, the seed and the step.
+
+    Args:
+        preprocess: The student's preprocessing.
+        tokenizer: The student's tokenizer.
+        cache: The teacher's rows.
+        data: What to train on.
+        train: How many rows a step has.
+        seed: The run's seed.
+        max_pixels: A picture whose header says more is refused.
+        keep_bytes: How many bytes of prepared pictures are kept in memory.
+
+    Raises:
+        ConfigError: If a batch of a kind of rows is asked for that the data do not have.
+        DataError: If a pair has no picture or no caption, or the weights are not one a pair.
+    """
+
+    def __init__(
+        self,
+        preprocess: Preparation,
+        tokenizer: Tokenizer,
+        cache: TeacherRows,
+        data: TrainingData,
+        train: TrainConfig,
+        seed: int,
+        *,
+        max_pixels: int,
+        keep_bytes: int = 0,
+    ) -> None:
+        _check(data)
+        self._cache, self._seed = cache, seed
+        self._reader = PictureReader(preprocess, cache, max_pixels, keep_bytes)
+        self._tokenizer = tokenizer
+        self._tokens: dict[str, npt.NDArray[np.int32]] = {}
+        self._pairs = data.pairs
+        self._images = _unique_pictures(data) if train.batch_images else []
+        self._texts = _unique_texts(data) if train.batch_texts else []
+        sizes = {
+            "batch": (train.batch, len(data.pairs)),
+            "batch_images": (train.batch_images, len(self._images)),
+            "batch_texts": (train.batch_texts, len(self._texts)),
+        }
+        self._streams = {
+            name: Stream(name, rows, batch, seed, data.weights if name == "batch" else ())
+            for name, (batch, rows) in sizes.items()
+            if _wanted(name, batch, rows)
+        }
+
+    def epoch(self, steps: int) -> float:
+        """How many epochs so many steps are: of the pairs, or without pairs of the pictures, or of the texts."""
+        return next(iter(self._streams.values())).epoch(steps)
+
+    def make_batch(self, step: int) -> Batch:
+        """Make the batch of a step, counted from 0.
+
+        Raises:
+            MismatchError: If a picture is not the one that the teacher's row was made from.
+        """
+        return self._finished(step, self.read_pictures(step))
+
+    def batches(self, first: int, last: int, workers: int = 0) -> Iterator[Batch]:
+        """The batches of the steps from ``first`` up to and without ``last``, in order.
+
+        Args:
+            first: The first step.
+            last: The end.
+            workers: Processes that decode pictures ahead; never changes a batch.
+
+        Raises:
+            MismatchError: As :meth:`make_batch`.
+        """
+        if workers == 0:
+            yield from map(self.make_batch, range(first, last))
+            return
+        # Only pictures are made ahead: texts and the teacher's rows are look-ups, best made where their caches are.
+        generator = torch.Generator().manual_seed(0)  # or the loader would take a number from the ambient one
+        loader = DataLoader(_Steps(self, first, last), batch_size=None, num_workers=workers, generator=generator)
+        yield from map(self._finished, range(first, last), loader)
+
+    def read_pictures(self, step: int) -> ReadPictures:
+        """The part of a batch that is worth a process of its own."""
+        return self._reader.read(self._plan(step).pictures)
+
+    def _finished(self, step: int, pictures: ReadPictures) -> Batch:
+        if pictures.changed is not None:
+            raise pictures.changed.error()
+        plan = self._plan(step)
+        paired = [place for place in pictures.places if place < plan.pairs]
+        rows = [plan.pictures[place] for place in pictures.places]
+        texts = [plan.texts[place] for place in paired] + plan.texts[plan.pairs :]
+        keys = [pair.key for pair, _ in rows]
+        return Batch(
+            step=step,
+            pixels=pictures.pixels,
+            tokens=self._encoded(texts),
+            teacher_images=self._teacher(self._cache.image_rows(keys, [view for _, view in rows]) if rows else None),
+            teacher_texts=self._teacher(self._cache.text_rows(texts) if texts else None),
+            positives=_positives([pair for pair, _ in rows[: len(paired)]], texts[: len(paired)]),
+            pairs=len(paired),
+            keys=tuple(keys),
+            texts=tuple(texts),
+            rejected=tuple(pictures.rejected),
+        )
+
+    def _plan(self, step: int) -> _Plan:
+        draws = {name: stream.draw(step) for name, stream in self._streams.items()}
+        pictures: list[tuple[Pair, int]] = []
+        texts: list[str] = []
+        for draw in draws.get("batch", ()):
+            pair = self._pairs[draw.row]
+            pictures.append((pair, self._view("batch", pair, draw.turn)))
+            texts.append(pair.captions[choose(len(pair.captions), draw.turn, self._seed, "caption", pair.key)])
+        pairs = len(texts)
+        for draw in draws.get("batch_images", ()):
+            pair = self._images[draw.row]
+            pictures.append((pair, self._view("batch_images", pair, draw.turn)))
+        texts += [self._texts[draw.row] for draw in draws.get("batch_texts", ())]
+        return _Plan(pictures, texts, pairs)
+
+    def _view(self, stream: str, pair: Pair, turn: int) -> int:
+        # One more step aside each round, or a picture with as many captions as views would always show the same two.
+        views = self._cache.views
+        return choose(views, turn + turn // views, self._seed, "view", stream, pair.key)
+
+    def _teacher(self, rows: Vectors | None) -> Tensor:
+        return torch.tensor(np.empty((0, self._cache.dim), np.float32) if rows is None else rows, dtype=torch.float32)
+
+    def _encoded(self, texts: Sequence[str]) -> Tensor:
+        """Token ids [texts, length of the longest], each text encoded once and kept."""
+        if len(self._tokens) > _KEPT_TEXTS:
+            self._tokens.clear()
+        new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
+        if new:
+            for text, row in zip(new, self._tokenizer.encode(new, cut=True), strict=True):
+                self._tokens[text] = row[: int(np.flatnonzero(row)[-1]) + 1].astype(np.int32)
+        rows = [self._tokens[text] for text in texts]
+        tokens = np.zeros((len(rows), max(map(len, rows), default=1)), np.int64)
+        for place, row in enumerate(rows):
+            tokens[place, : len(row)] = row
+        return torch.from_numpy(tokens)
+
+
+@final
+class _Steps(Dataset[Any]):
+    """The steps of a run as the data set of torch's loader."""
+
+    def __init__(self, maker: BatchMaker, first: int, last: int) -> None:
+        self._maker, self._first, self._last = maker, first, last
+
+    def __len__(self) -> int:
+        return self._last - self._first
+
+    def __getitem__(self, index: int) -> ReadPictures:
+        return self._maker.read_pictures(self._first + index)
+
+
+def _positives(pairs: Sequence[Pair], texts: Sequence[str]) -> Tensor:
+    columns: dict[str, list[int]] = {}
+    for column, text in enumerate(texts):
+        columns.setdefault(text, []).append(column)
+    positives = np.zeros((len(pairs), len(texts)), np.bool_)
+    for row, pair in enumerate(pairs):
+        for caption in pair.captions:
+            positives[row, columns.get(caption, [])] = True
+    return torch.from_numpy(positives)
+
+
+def _unique_pictures(data: TrainingData) -> list[Pair]:
+    return list({pair.key: pair for pair in (*data.images, *data.pairs)}.values())
+
+
+def _unique_texts(data: TrainingData) -> list[str]:
+    return sorted({*data.texts, *(text for pair in data.pairs for text in pair.captions)})
+
+
+def _wanted(name: str, batch: int, rows: int) -> bool:
+    if batch and not rows:
+        what = {"batch": "pairs", "batch_images": "pictures", "batch_texts": "texts"}[name]
+        raise ConfigError(f"train.{name}: {batch} {what} a step are asked for, but the data have none")
+    return batch > 0
+
+
+def _check(data: TrainingData) -> None:
+    holed = [pair.key for pair in data.pairs if pair.picture is None or not pair.captions]
+    holed += [pair.key for pair in data.images if pair.picture is None]
+    if holed:
+        raise DataError(
+            f"{len(holed)} training rows have no picture or no caption, the first {holed[0]!r}: "
+            "give them as data.images or data.texts, or reject them"
+        )
+    if data.weights and (len(data.weights) != len(data.pairs) or min(data.weights) <= 0):
+        raise DataError(
+            f"training data: {len(data.weights)} weights for {len(data.pairs)} pairs; one above 0 is needed for each"
+        )

@@ -1,0 +1,358 @@
+"""The training loop: a student is made to embed as its teacher does, from the teacher's stored embeddings.
+
+Whatever happens at a step is a function of the inputs, the seed and the step alone, so a run that is killed at any
+moment and started again ends with the same bits as one that was not (on a CPU, with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipdistill.config import TrainConfig
+from clipdistill.core.errors import ConfigError, DataError
+from clipdistill.core.progress import progress
+from clipdistill.losses.objective import Embeddings, LossTerms, Objective, Targets
+from clipdistill.towers.student import DualEncoder
+from clipdistill.training import numerics
+from clipdistill.training.batch import Batch
+from clipdistill.training.batches import KEPT_BYTES, BatchMaker, TeacherRows, TrainingData
+from clipdistill.training.folder import TrainingFolder
+from clipdistill.training.metrics import Clock, Metrics
+from clipdistill.training.optimizer import (
+    align_gradients,
+    build_optimizer,
+    frozen,
+    part_of,
+    set_rates,
+    trained_parameters,
+)
+from clipdistill.training.sampler import seed_of
+from clipdistill.training.schedule import rate
+from clipdistill.training.state import Average, Best, TrainingState, copy_of
+
+MAX_REJECTED = 0.05
+"""The share of a batch's pictures that may be unreadable, though one always may. All of them could be read when the
+cache was made, so more means that the data are going away."""
+
+OnEval = Callable[[DualEncoder, int], Mapping[str, float]]
+OnLog = Callable[[Mapping[str, Any]], None]
+_log = logging.getLogger("clipdistill")
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The live objects of one call of :func:`distill`."""
+
+    student: DualEncoder
+    objective: Objective
+    train: TrainConfig
+    seed: int
+    maker: BatchMaker
+    state: TrainingState
+    folder: TrainingFolder
+    on_eval: OnEval | None
+    frozen_norms: list[nn.Module]
+    statistics: list[Tensor]
+    device: torch.device
+    precision: numerics.Precision
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What one step gave: the losses of its parts, and the two numbers that decide whether it counts."""
+
+    terms: list[LossTerms]
+    loss: float
+    grad_norm: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def distill(
+    student: DualEncoder,
+    cache: TeacherRows,
+    data: TrainingData,
+    *,
+    objective: Objective,
+    train: TrainConfig,
+    seed: int,
+    folder: Path | None = None,
+    on_eval: OnEval | None = None,
+    resume: bool = True,
+    fingerprint: str = "",
+    on_log: OnLog | None = None,
+) -> DualEncoder:
+    """Train a student from a teacher's stored embeddings.
+
+    Args:
+        student: The student to train, in place.
+        cache: The teacher's rows of all pictures and texts in ``data``.
+        data: What to train on.
+        objective: What to minimise; what it learns is trained with the student.
+        train: The loop's settings.
+        seed: Decides batches, captions, views and dropout.
+        folder: Where checkpoints, metrics and the best student are written; None writes nothing.
+        on_eval: Called with the student and the number of steps done, every ``train.eval_every`` steps and at the end;
+            gives ``score`` (higher is better) and any other numbers to record.
+        resume: Go on from the folder's newest checkpoint; otherwise what an earlier training left there is removed.
+        fingerprint: Of everything that decides the run; a checkpoint with another one is refused.
+        on_log: Called with each line of the metrics.
+
+    Returns:
+        The student with its best weights by ``score`` (of equal ones the earliest), or its last without ``on_eval``.
+
+    Raises:
+        ConfigError: If the settings do not fit the data, the student or the device.
+        DataError: If too many pictures cannot be read, or too many steps have no finite loss or gradient.
+        MismatchError: If a checkpoint is of another run, or a picture not the one that the cache was made from.
+    """
+    device = numerics.choose_device(train.device)
+    with numerics.reproducible(device, train.threads), frozen(student.model, train.freeze) as norms:
+        state = _new_state(student, objective, train, device)
+        run = _Run(
+            student=student,
+            objective=objective,
+            train=train,
+            seed=seed,
+            maker=_new_maker(student, cache, data, train, seed),
+            state=state,
+            folder=TrainingFolder(folder, fingerprint),
+            on_eval=on_eval,
+            frozen_norms=norms,
+            statistics=[value for part in student.module.modules() for value in _statistics(part)],
+            device=device,
+            precision=numerics.choose_precision(train.precision, device),
+        )
+        _check(run)
+        if not resume:
+            run.folder.clear()
+        run.folder.resume(state, train.steps)
+        if state.step < train.steps:
+            with Metrics(folder, state.step, on_log) as metrics:
+                _train(run, metrics)
+        _take_best(run)
+    return student
+
+
+def _train(run: _Run, metrics: Metrics) -> None:
+    train, state, clock = run.train, run.state, Clock()
+    _set_training(run)
+    batches = run.maker.batches(state.step, train.steps, train.workers)
+    with progress("training", train.steps - state.step, "steps") as advance:
+        for batch in clock.timed(batches):
+            with clock.measure("compute", batch.samples):
+                _note_rejected(run, batch)
+                share = rate(batch.step, train.steps, train.warmup, train.final_lr)
+                set_rates(state.optimizer, share)
+                outcome = _step(run, batch)
+            state.step = batch.step + 1
+            last = state.step == train.steps
+            if not outcome.finite:
+                metrics.write(_skipped(run, batch, outcome))
+            elif last or state.step % train.log_every == 0:
+                metrics.write(_line(run, outcome, share) | clock.read())
+            evaluated = last or (run.on_eval is not None and state.step % train.eval_every == 0)
+            if evaluated:
+                _evaluate(run, metrics)
+            if evaluated or state.step % train.save_every == 0:
+                metrics.sync()
+                run.folder.save(state)
+            advance(1)
+
+
+def _step(run: _Run, batch: Batch) -> _Outcome:
+    """One update of the weights; where the loss or the gradient is not finite, nothing changes at all."""
+    state = run.state
+    torch.manual_seed(seed_of(run.seed, "step", batch.step))  # for dropout and drop path
+    before = [value.clone() for value in run.statistics]
+    state.optimizer.zero_grad(set_to_none=True)
+    terms = []
+    parts = list(batch.parts(run.train.accumulation))
+    for part in parts:
+        terms.append(_losses(run, part.to(run.device)))
+        state.scaler.scale(terms[-1].total / len(parts)).backward()  # type: ignore[no-untyped-call]
+    state.scaler.unscale_(state.optimizer)
+    norm = nn.utils.clip_grad_norm_(list(state.names), run.train.grad_clip or math.inf)
+    loss = torch.stack([term.total.detach() for term in terms]).mean()
+    outcome = _Outcome(terms, *torch.stack([loss, norm]).tolist())  # the step's only wait for the device
+    if outcome.finite:
+        align_gradients(state.names)
+        state.scaler.step(state.optimizer)
+        if state.average is not None:
+            state.average.update(batch.step)
+    else:
+        for value, old in zip(run.statistics, before, strict=True):
+            value.copy_(old)
+    state.scaler.update()
+    return outcome
+
+
+def _losses(run: _Run, batch: Batch) -> LossTerms:
+    student = run.student
+    with numerics.autocast(run.precision, run.device):
+        # A tower without rows is not run: not every network takes an empty batch.
+        none = batch.pixels.new_zeros(0, student.dim)
+        images = student.embed_pixels(batch.pixels) if len(batch.pixels) else none
+        texts = student.embed_tokens(batch.tokens) if len(batch.tokens) else none
+    own = Embeddings(images, texts)
+    projected = Embeddings(student.to_teacher(own.images, "image"), student.to_teacher(own.texts, "text"))
+    teacher = Embeddings(batch.teacher_images, batch.teacher_texts)
+    terms: LossTerms = run.objective(own, projected, Targets(teacher, batch.positives, batch.pairs))
+    return terms
+
+
+def _evaluate(run: _Run, metrics: Metrics) -> None:
+    """Score the student as it would be kept, and keep it if it is the best so far; unscored, the last one is."""
+    state = run.state
+    with state.average.applied() if state.average is not None else nullcontext():
+        run.student.set_scale(run.objective.scale(), run.objective.bias())
+        state.module.eval()
+        score = None
+        if run.on_eval is not None:
+            values = dict(run.on_eval(run.student, state.step))
+            score = _score(values)
+            metrics.write({"step": state.step} | values)
+            _log.info("step %d: score %.4f", state.step, score)
+        if score is None or state.best is None or state.best.score is None or score > state.best.score:
+            state.best = Best(state.step, score, copy_of(state.module, "cpu"))
+            run.folder.keep_best(run.student, state.best)
+    _set_training(run)
+
+
+def _score(values: Mapping[str, float]) -> float:
+    score = float(values.get("score", math.nan))
+    if not math.isfinite(score):
+        raise DataError(f"the evaluation must give a finite 'score'; it gave {dict(values)}")
+    return score
+
+
+def _take_best(run: _Run) -> None:
+    """Give the student its best weights, which also lie in the folder whatever a kill left there."""
+    best = run.state.best
+    run.state.module.eval()
+    if best is not None:
+        run.state.module.load_state_dict(best.weights)
+        if not run.folder.has_best(best):
+            run.folder.keep_best(run.student, best)
+
+
+def _line(run: _Run, outcome: _Outcome, share: float) -> dict[str, Any]:
+    """A step's own values; a term is the mean of the parts that have it."""
+    train, state = run.train, run.state
+    names = dict.fromkeys(name for terms in outcome.terms for name in terms.parts)
+    found = {name: [terms.parts[name] for terms in outcome.terms if name in terms.parts] for name in names}
+    return {
+        "step": state.step,
+        "epoch": round(run.maker.epoch(state.step), 4),
+        "loss": outcome.loss,
+        **{name: float(torch.stack(values).mean()) for name, values in found.items()},
+        "lr": share * train.lr,
+        "lr_image": share * (train.lr_image or train.lr),
+        "lr_text": share * (train.lr_text or train.lr),
+        "grad_norm": outcome.grad_norm,
+        "rejected": len(state.rejected),
+    }
+
+
+def _skipped(run: _Run, batch: Batch, outcome: _Outcome) -> dict[str, Any]:
+    """The record of a step that is not taken.
+
+    Raises:
+        DataError: If there are more of them than allowed.
+    """
+    state, allowed = run.state, run.train.max_skipped
+    # fp16's scaler finds its scale by overflowing now and then; only at the lowest scale that is the model's fault.
+    if not (state.scaler.is_enabled() and math.isfinite(outcome.loss) and state.scaler.get_scale() >= 1):
+        state.skipped += 1
+    what = f"step {state.step}: loss {outcome.loss}, norm of the gradient {outcome.grad_norm}"
+    _log.warning("%s: skipped (%d so far, %d allowed)", what, state.skipped, allowed)
+    if state.skipped > allowed:
+        raise DataError(
+            f"{what}: {state.skipped} steps were not finite, and train.max_skipped = {allowed}; "
+            f"{run.folder.last_checkpoint()}. The last batch's rows: {', '.join(batch.keys[:8] or batch.texts[:8])}. "
+            'Lower train.lr, lengthen train.warmup, or use train.precision = "fp32"'
+        )
+    return {
+        "step": state.step,
+        "skipped": state.skipped,
+        "skipped_loss": outcome.loss,
+        "skipped_grad_norm": outcome.grad_norm,
+        "keys": list(batch.keys),
+    }
+
+
+def _note_rejected(run: _Run, batch: Batch) -> None:
+    """Record pictures that could not be read.
+
+    Raises:
+        DataError: If they are more than :data:`MAX_REJECTED` of the batch and more than one, or all of it.
+    """
+    if not batch.rejected:
+        return
+    state = run.state
+    new = {rejection.key: rejection for rejection in batch.rejected if rejection.key not in state.rejected}
+    for rejection in new.values():
+        _log.warning("picture %s cannot be read and is left out: %s", rejection.key, rejection.reason)
+    state.rejected.update(new)
+    run.folder.reject(new.values())
+    bad, asked = len(batch.rejected), len(batch.rejected) + len(batch.keys)
+    if bad > max(1, MAX_REJECTED * asked) or not batch.keys:
+        first = batch.rejected[0]
+        raise DataError(
+            f"step {batch.step + 1}: {bad} of {asked} pictures cannot be read, the first {first.key} ({first.origin}): "
+            f"{first.reason}. They could when the cache was made: see that the data are still there"
+        )
+
+
+def _set_training(run: _Run) -> None:
+    run.state.module.train()
+    for norm in run.frozen_norms:
+        norm.eval()
+
+
+def _statistics(part: nn.Module) -> list[Tensor]:
+    """What a forward pass in training changes: the running statistics of a batch norm."""
+    return list(part.buffers(recurse=False)) if hasattr(part, "running_mean") else []
+
+
+def _check(run: _Run) -> None:
+    train = run.train
+    images, texts = train.batch + train.batch_images > 0, train.batch + train.batch_texts > 0
+    run.objective.check(train.batch > 0, images=images, texts=texts)
+    fed = [part for part, rows in (("image", images), ("text", texts)) if rows]
+    if not any(part_of(name) in fed for name in run.state.names.values()):
+        raise ConfigError(f"train.freeze: nothing is left to train in what gets rows ({' and '.join(fed)})")
+
+
+def _new_maker(
+    student: DualEncoder, cache: TeacherRows, data: TrainingData, train: TrainConfig, seed: int
+) -> BatchMaker:
+    keep_bytes = 0 if train.workers else KEPT_BYTES
+    preprocess, tokenizer, max_pixels = student.preprocess, student.tokenizer, student.max_pixels
+    return BatchMaker(preprocess, tokenizer, cache, data, train, seed, max_pixels=max_pixels, keep_bytes=keep_bytes)
+
+
+def _new_state(student: DualEncoder, objective: Objective, train: TrainConfig, device: torch.device) -> TrainingState:
+    module = student.to(device).module
+    student.set_scale(objective.scale(), objective.bias())  # now, as it may add a bias to the student's tensors
+    parameters = trained_parameters(module, objective.to(device))
+    precision = numerics.choose_precision(train.precision, device)
+    return TrainingState(
+        module=module,
+        objective=objective,
+        optimizer=build_optimizer(parameters, train),
+        names={value: name for name, value in parameters.items()},
+        scaler=numerics.gradient_scaler(precision, device),
+        average=Average(module, train.ema) if train.ema else None,
+    )
