@@ -119,7 +119,7 @@ class DualEncoder:
         Returns:
             float32 [texts, dim], unit rows.
         """
-        return F.normalize(context.encode(self.model, tokens).float(), dim=-1)
+        return F.normalize(context.encode_by_length(self.model, tokens).float(), dim=-1)
 
     def to_teacher(self, embeddings: Tensor, side: Side) -> Tensor:
         """Map embeddings to the teacher's space, differentiably; the identity where both have one width.

@@ -112,7 +112,8 @@ def slow(images):
     time.sleep(0.15)
     return encode(images)
 teacher.encode_decoded = slow
-fill(Path(sys.argv[2]), teacher, tiny.pairs(20), ["an unpaired text"], views=Views(count=2, seed=5), shard_rows=4, batch=2)
+views = Views(count=2, seed=5)
+fill(Path(sys.argv[2]), teacher, tiny.pairs(20), ["an unpaired text"], views=views, shard_rows=4, batch=2)
 """
 
 

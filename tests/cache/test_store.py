@@ -33,7 +33,7 @@ def test_a_changed_file_is_named_with_both_hashes(cache, name):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(MismatchError, match=rf"{name}: sha256 does not match: expected [0-9a-f]{{64}}, found [0-9a-f]{{64}}"):
+    with pytest.raises(MismatchError, match=rf"{name}: sha256 .* expected [0-9a-f]{{64}}, found [0-9a-f]{{64}}"):
         TeacherCache.open(cache.folder)
 
 

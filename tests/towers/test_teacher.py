@@ -69,7 +69,7 @@ def test_the_fingerprint_follows_weights_preprocess_and_tokenizer(loaded, tmp_pa
     changed = load_teacher(f"local-dir:{other}").parts
     assert changed["weights"] != teacher.parts["weights"]
     assert changed["tokenizer"] == teacher.parts["tokenizer"]
-    shifted = Teacher(teacher.model, teacher.transform, lambda texts: (teacher.tokenizer(texts)), name="x")
+    shifted = Teacher(teacher.model, teacher.transform, lambda texts: teacher.tokenizer(texts), name="x")
     assert shifted.fingerprint != teacher.fingerprint
 
 
@@ -93,7 +93,7 @@ def test_without_a_network_the_message_names_the_file_and_the_way_round(monkeypa
         raise RuntimeError("Failed to download weights for tag 'openai': could not resolve host")
 
     monkeypatch.setattr(open_clip, "create_model_from_pretrained", refuse)
-    with pytest.raises(ConfigError, match=r"vit_base_patch32_clip_224.openai.*open_clip_model.safetensors.*local-dir:FOLDER"):
+    with pytest.raises(ConfigError, match=r"vit_base_patch32_clip_224\.openai.*safetensors.*local-dir:FOLDER"):
         load_teacher("ViT-B-32", "openai")
 
 

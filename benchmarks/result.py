@@ -1,0 +1,57 @@
+"""The shape of a benchmark's result: figures and bars by name, with the machine, the versions, seeds and the date."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from clipdistill.core import files, manifest
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def write_result(
+    name: str,
+    figures: dict[str, float],
+    bars: dict[str, dict[str, float]],
+    *,
+    seeds: list[int],
+    seconds: float,
+    command: str,
+) -> Path:
+    """Write ``results/NAME.json``; a bar is ``{"at_least": x}`` or ``{"at_most": x}``."""
+    path = RESULTS / f"{name}.json"
+    result = {
+        "figures": figures,
+        "bars": bars,
+        "machine": machine(),
+        "versions": manifest.libraries(),
+        "seeds": seeds,
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "seconds": round(seconds, 1),
+        "command": command,
+    }
+    files.write_json(path, result)
+    return path
+
+
+def machine() -> str:
+    """The machine in words, without its name."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
+    return (
+        f"{os.cpu_count()} cores of {_processor()}, {memory:.0f} GiB, {platform.system()}, "
+        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, no GPU"
+    )
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

@@ -1,0 +1,213 @@
+"""The command line: verbs to stages, errors to exit codes, nothing else. ``--help`` imports no torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clipdistill.core.errors import EXIT_FAILED, ConfigError, DataError, MismatchError, MissingExtraError, ParityError
+
+if TYPE_CHECKING:
+    from clipdistill.stages.workspace import Workspace
+
+app = typer.Typer(
+    name="clipdistill",
+    help="Distil large CLIP-style models into small dual encoders, and prove it with retrieval recall.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_EXPECTED = (ConfigError, DataError, MismatchError, ParityError, MissingExtraError)
+_INTERRUPTED = 130
+
+Run = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's configuration.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Values that replace the file's.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="The run's folder; runs/NAME when not given.")]
+Force = Annotated[bool, typer.Option("--force", help="Make it again although it is done.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("clipdistill").setLevel(logging.INFO)
+    try:
+        app(standalone_mode=True)
+    except _EXPECTED as fault:
+        _say(f"error: {fault}")
+        sys.exit(fault.exit_code)
+    except KeyboardInterrupt:
+        _say("interrupted; start the same command again and it goes on from what is done")
+        sys.exit(_INTERRUPTED)
+    except OSError as fault:
+        _say(f"error: {fault.filename or ''}: {fault.strerror or fault}")
+        sys.exit(EXIT_FAILED)
+
+
+@app.command()
+def demo(overrides: Overrides = None, out: Out = None, force: Force = False, as_json: Json = False) -> None:
+    """Run the main job on the embedded data, and hold its figures against their bars."""
+    from clipdistill.demo import BARS, run_demo
+    from clipdistill.report.lines import bar_lines
+    from clipdistill.report.terminal import summary
+
+    outcome = run_demo(overrides or [], out or Path("runs/demo"), force=force)
+    _print(*summary(outcome.report), *bar_lines(outcome.figures, BARS))
+    _say_paths(outcome.workspace)
+    _finish(outcome.figures, as_json)
+    if outcome.missed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def run(config: Run, overrides: Overrides = None, out: Out = None, force: Force = False, as_json: Json = False) -> None:
+    """Do the whole job: cache, train, index, evaluate, report. What is already done is kept."""
+    from clipdistill.report.terminal import summary
+    from clipdistill.stages.run import run_all
+
+    workspace = _workspace(config, overrides, out)
+    report = run_all(workspace, force=force)
+    _print(*summary(report))
+    _say_paths(workspace)
+    _finish(report, as_json)
+
+
+@app.command()
+def inspect(config: Run, overrides: Overrides = None, out: Out = None, as_json: Json = False) -> None:
+    """Say what the data hold and what the run will cost, before anything expensive runs."""
+    from clipdistill.report.lines import inspection_lines
+    from clipdistill.stages.inputs import check_limit, load_data
+    from clipdistill.stages.inspect import inspect as inspect_run
+
+    workspace = _workspace(config, overrides, out)
+    data = load_data(workspace, limit=False)
+    found = inspect_run(workspace, data)
+    _print(*inspection_lines(found, workspace.rejected))
+    _finish(found, as_json)
+    check_limit(workspace, data, data.rejected)
+
+
+@app.command()
+def cache(
+    config: Run, overrides: Overrides = None, out: Out = None, force: Force = False, as_json: Json = False
+) -> None:
+    """Embed all pictures and texts with the teacher, once."""
+    _stage("cache", config, overrides, out, force, as_json)
+
+
+@app.command()
+def train(
+    config: Run, overrides: Overrides = None, out: Out = None, force: Force = False, as_json: Json = False
+) -> None:
+    """Distil the student; goes on from its last checkpoint."""
+    _stage("train", config, overrides, out, force, as_json)
+
+
+@app.command()
+def evaluate(
+    config: Run, overrides: Overrides = None, out: Out = None, force: Force = False, as_json: Json = False
+) -> None:
+    """Measure the student's recall against the ground truth and against the teacher's rankings."""
+    from clipdistill.report.terminal import summary
+    from clipdistill.stages.run import run as run_until
+
+    report = run_until(_workspace(config, overrides, out), until="evaluate", force=force)
+    _print(*summary(report))
+    _finish(report, as_json)
+
+
+@app.command()
+def index(
+    config: Run, overrides: Overrides = None, out: Out = None, force: Force = False, as_json: Json = False
+) -> None:
+    """Build the FAISS index over the student's picture embeddings."""
+    _stage("index", config, overrides, out, force, as_json)
+
+
+@app.command()
+def search(
+    config: Run,
+    query: Annotated[str, typer.Argument(help="A text, or the path of a picture.")],
+    overrides: Overrides = None,
+    k: Annotated[int, typer.Option("-k", help="How many hits.")] = 10,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Find the pictures nearest to a text or to a picture."""
+    from clipdistill.stages.index import search as search_index
+
+    hits = search_index(_workspace(config, overrides, out), query, k)
+    width = max((len(hit.key) for hit in hits), default=0)
+    _print(*(f"{hit.rank:3d}  {hit.key:<{width}}  {hit.score:.4f}" for hit in hits))
+    _finish([{"rank": hit.rank, "key": hit.key, "score": hit.score} for hit in hits], as_json)
+
+
+@app.command()
+def report(config: Run, overrides: Overrides = None, out: Out = None, as_json: Json = False) -> None:
+    """Write the run's report page from its measured figures."""
+    from clipdistill.stages.run import make_report
+
+    workspace = _workspace(config, overrides, out)
+    make_report(workspace)
+    _print(f"report: {workspace.report_html}")
+    _finish({"report": str(workspace.report_html)}, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine and installation can do, and what is missing."""
+    from clipdistill.doctor import examine
+
+    checks = examine()
+    width = max(len(check.name) for check in checks)
+    _print(*(f"{'ok ' if check.ok else 'BAD'}  {check.name:<{width}}  {check.found}" for check in checks))
+    _finish([{"name": c.name, "ok": c.ok, "found": c.found} for c in checks], as_json)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _stage(name: str, config: Path, overrides: list[str] | None, out: Path | None, force: bool, as_json: bool) -> None:
+    from clipdistill.stages.run import run as run_until
+
+    made = run_until(_workspace(config, overrides, out), until=name, force=force)
+    _print(*(f"{key}: {value}" for key, value in made.items() if not isinstance(value, dict)))
+    _finish(made, as_json)
+
+
+def _workspace(config: Path, overrides: list[str] | None, out: Path | None) -> Workspace:
+    from clipdistill.config import RunConfig
+    from clipdistill.stages.inputs import name_checks
+    from clipdistill.stages.workspace import Workspace
+
+    return Workspace.of(RunConfig.load(config, overrides or [], checks=[name_checks]), out)
+
+
+def _say_paths(workspace: Workspace) -> None:
+    _print(f"student: {workspace.student}", f"report:  {workspace.report_html}")
+
+
+def _print(*items: Any) -> None:
+    """Print lines or rich tables to standard output; wide enough in a log that no table is cut."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, soft_wrap=True)
+    for item in items:
+        console.print(item)
+
+
+def _finish(value: Any, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")

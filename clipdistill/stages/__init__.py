@@ -1,0 +1,1 @@
+"""The pipeline's stages, from a configuration to artefacts: the only place that knows their order."""

@@ -1,0 +1,122 @@
+"""The evaluation stage: the student against the ground truth and against the teacher's own rankings."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from clipdistill.cache import TeacherCache
+from clipdistill.config import evaluation_sets
+from clipdistill.core import files, fingerprint, manifest
+from clipdistill.core.errors import ConfigError
+from clipdistill.data.records import Pair
+from clipdistill.evaluation import Embedded, RetrievalReport, evaluate_embedded, judged
+from clipdistill.speed import compare_speed
+from clipdistill.stages.inputs import RunData
+from clipdistill.stages.workspace import Workspace
+from clipdistill.towers.student import DualEncoder
+from clipdistill.towers.teacher import Teacher
+
+SCHEMA = "clipdistill.run-report/1"
+_log = logging.getLogger("clipdistill")
+_TIMED_PICTURES, _TIMED_TEXTS = 64, 512
+
+
+def evaluate_set(
+    name: str, pairs: tuple[Pair, ...], student: DualEncoder, cache: TeacherCache, *, factory: str, ks: tuple[int, ...]
+) -> RetrievalReport:
+    """Measure a student on one set, exactly and through an index, against the truth and the teacher's cached rows.
+
+    Args:
+        name: The set's name.
+        pairs: Its rows.
+        student: The student.
+        cache: The teacher's embeddings of the same rows.
+        factory: The FAISS factory to measure through.
+        ks: The cut-offs.
+    """
+    rows = judged(name, pairs)
+    own = Embedded(student.encode_images(rows.pictures), student.encode_texts(rows.texts), student.fingerprint)
+    teacher = Embedded(cache.image_rows(rows.keys), cache.text_rows(rows.texts), cache.fingerprint)
+    projected = None
+    if student.projection is not None:
+        projected = Embedded(
+            student.to_teacher_vectors(own.images, "image"),
+            student.to_teacher_vectors(own.texts, "text"),
+            student.fingerprint,
+        )
+    return evaluate_embedded(rows, own, teacher=teacher, student_in_teacher=projected, factory=factory, ks=ks, seed=0)
+
+
+def evaluate(
+    workspace: Workspace,
+    data: RunData,
+    cache: TeacherCache,
+    student: DualEncoder,
+    teacher: Teacher | None,
+    *,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Measure the student on every evaluation set and write ``report.json``.
+
+    Returns:
+        The report as plain values: schema ``clipdistill.run-report/1``.
+    """
+    config = workspace.config
+    made_from = {
+        "student": student.fingerprint,
+        "teacher cache": cache.fingerprint,
+        "data": data.fingerprint,
+        "evaluate": fingerprint.of_value([config.evaluate.model_dump(mode="json"), config.index.factory]),
+    }
+    if workspace.is_done("evaluate", made_from, workspace.report_json, force=force):
+        return dict(files.read_json(workspace.report_json))
+    reports = []
+    for name in evaluation_sets(config):
+        if name not in data.sets or not len(data.sets[name]):
+            raise ConfigError(f"evaluate.sets: the set {name!r} has no rows; give data.test or data.hold_out.test")
+        _log.info("evaluating %s", name)
+        pairs = data.sets[name].pairs
+        reports.append(evaluate_set(name, pairs, student, cache, factory=config.index.factory, ks=config.evaluate.ks))
+    report = {
+        "schema": SCHEMA,
+        "name": config.name,
+        "seed": config.seed,
+        "data": _counts(data),
+        "sizes": _sizes(student, teacher, cache),
+        "speeds": _speeds(data, student, teacher),
+        "evaluation": RetrievalReport.merge(reports).to_json(),
+        "student_fingerprint": student.fingerprint,
+        "libraries": manifest.libraries(),
+    }
+    files.write_json(workspace.report_json, report)
+    workspace.mark_done("evaluate", made_from)
+    return report
+
+
+def _counts(data: RunData) -> dict[str, Any]:
+    sets = {
+        name: {"pictures": len(source), "texts": len({text for pair in source.pairs for text in pair.captions})}
+        for name, source in data.sets.items()
+    }
+    return {"sets": sets, "images": len(data.images), "texts": len(data.texts), "rejected": len(data.rejected)}
+
+
+def _sizes(student: DualEncoder, teacher: Teacher | None, cache: TeacherCache) -> dict[str, Any]:
+    known = {"name": cache.facts["teacher"]["name"], "dim": cache.dim}
+    large = {"parameters": teacher.parameters, "megabytes": teacher.parameters * 4 / 1e6} if teacher else {}
+    small = {"parameters": student.parameters, "megabytes": student.parameters * 4 / 1e6, "dim": student.dim}
+    return {"teacher": {**known, **large}, "student": small}
+
+
+def _speeds(data: RunData, student: DualEncoder, teacher: Teacher | None) -> dict[str, Any]:
+    """Rates on the run's own pictures and texts; the teacher's only where it is live."""
+    pairs = next((source.pairs for source in reversed(list(data.sets.values())) if len(source)), ())
+    pictures = [pair.picture for pair in pairs[:_TIMED_PICTURES] if pair.picture is not None]
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair.captions))[:_TIMED_TEXTS]
+    encoders: dict[str, Any] = {"teacher": teacher, "student": student} if teacher else {"student": student}
+    rates = compare_speed(encoders, pictures, texts)
+    values: dict[str, Any] = {
+        name: {"images_per_s": speed.images_per_s, "texts_per_s": speed.texts_per_s} for name, speed in rates.items()
+    }
+    return {**values, "pictures": len(pictures), "texts": len(texts), "runtime": "PyTorch, eager, end to end"}

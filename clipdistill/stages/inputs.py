@@ -1,0 +1,217 @@
+"""From the configuration to live objects: the data's sets, the teacher, and its cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipdistill.cache import TeacherCache, Views, adopt, fill
+from clipdistill.config import RunConfig, Sources
+from clipdistill.core import fingerprint
+from clipdistill.data.records import Pair, Rejection
+from clipdistill.data.sources import Source, SourceSpec, check_rejections, load_source, write_rejections
+from clipdistill.data.splits import split_source
+from clipdistill.stages.workspace import Workspace
+from clipdistill.towers.teacher import Teacher, load_teacher, name_faults
+
+_log = logging.getLogger("clipdistill")
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """All rows of a run.
+
+    Attributes:
+        sets: The sets of pairs by name: ``train``, ``val`` and the evaluation sets.
+        images: Unpaired pictures.
+        texts: Unpaired texts.
+        rejected: The rows that were refused, with reasons.
+    """
+
+    sets: Mapping[str, Source]
+    images: tuple[Pair, ...]
+    texts: tuple[str, ...]
+    rejected: tuple[Rejection, ...]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Every row that has a picture, in a stable order: the sets', then the unpaired ones."""
+        return [*(pair for source in self.sets.values() for pair in source.pairs), *self.images]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all rows."""
+        parts = {name: source.fingerprint for name, source in self.sets.items()}
+        extra = fingerprint.of_lines([*(pair.key for pair in self.images), "", *self.texts])
+        return fingerprint.of_value([parts, extra])
+
+    def without(self, refused: set[str]) -> RunData:
+        """The same data without the rows of these keys."""
+        if not refused:
+            return self
+        kept = {name: _without(source, refused) for name, source in self.sets.items()}
+        return RunData(kept, tuple(p for p in self.images if p.key not in refused), self.texts, self.rejected)
+
+
+def name_checks(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
+    """Faults in the names of models, for :meth:`RunConfig.load`; nothing is loaded."""
+    from clipdistill.towers.build import student_faults
+
+    teacher = raw.get("teacher")
+    if isinstance(teacher, Mapping) and isinstance(teacher.get("model"), str):
+        model, tag = teacher["model"], teacher.get("pretrained")
+        if isinstance(tag, str) and (base / tag).is_file():
+            tag = str(base / tag)
+        if not model.startswith("local-dir:"):  # the missing-file check has looked at the folder already
+            yield from name_faults(model, tag if isinstance(tag, str) else None)
+    student = raw.get("student")
+    names = student if isinstance(student, Mapping) else {}
+    image, text = names.get("image", "nano"), names.get("text", "nano")
+    if isinstance(image, str) and isinstance(text, str):
+        yield from student_faults(image, text)
+
+
+def load_data(workspace: Workspace, *, limit: bool = True) -> RunData:
+    """Read every source of the configuration, refuse bad rows, and stop when there are too many of them.
+
+    Args:
+        workspace: The run.
+        limit: Whether too many refused rows are a fault here; they are listed in any case.
+
+    Raises:
+        DataError: If more rows are refused than ``data.max_rejected`` allows, or a source cannot be read.
+    """
+    config, taken = workspace.config, set[str]()
+    sets = _load_sets(config, taken)
+    images = _load(config, config.data.images, "images", taken) if config.data.images else None
+    texts = _load(config, config.data.texts, "texts", taken) if config.data.texts else None
+    sources = [*sets.values(), *(source for source in (images, texts) if source is not None)]
+    rejected = tuple(row for source in sources for row in source.rejected)
+    data = RunData(
+        sets,
+        images.pairs if images else (),
+        tuple(dict.fromkeys(text for pair in texts.pairs for text in pair.captions)) if texts else (),
+        rejected,
+    )
+    write_rejections(workspace.rejected, rejected)
+    if limit:
+        check_limit(workspace, data, rejected)
+    return data
+
+
+def check_limit(workspace: Workspace, data: RunData, rejected: tuple[Rejection, ...]) -> None:
+    """Say how many rows were refused, and stop when they are too many.
+
+    Raises:
+        DataError: If they are more than ``data.max_rejected`` allows.
+    """
+    total = sum(len(source) for source in data.sets.values()) + len(data.images) + len(data.texts) + len(rejected)
+    if rejected:
+        _log.warning("%d of %d rows were refused: see %s", len(rejected), total, workspace.rejected)
+    check_rejections(len(rejected), total, workspace.config.data.max_rejected, str(workspace.rejected), rejected)
+
+
+def open_teacher(config: RunConfig) -> Teacher | None:
+    """Load the teacher, or None where only its embeddings are given."""
+    teacher = config.teacher
+    if teacher.model is None:
+        return None
+    return load_teacher(
+        teacher.model,
+        teacher.pretrained,
+        precision=teacher.precision,
+        device=teacher.device,
+        max_pixels=config.data.max_pixels,
+    )
+
+
+def open_cache(
+    workspace: Workspace, data: RunData, teacher: Teacher | None, *, force: bool = False
+) -> tuple[TeacherCache, RunData]:
+    """The teacher's embeddings of all data: adopted, reused after a check and a live probe, or filled.
+
+    Args:
+        workspace: The run.
+        data: Its rows.
+        teacher: The live teacher; None only where embeddings are adopted.
+        force: Build it again.
+
+    Returns:
+        The cache, and the data without the pictures that could not be decoded while it was filled.
+
+    Raises:
+        MismatchError: If the stored cache does not match.
+    """
+    config = workspace.config
+    if teacher is None:
+        return _adopted(workspace, data), data
+    views = Views(config.cache.views, config.cache.view_seed, config.cache.view_scale)
+    folder = workspace.cache
+    if force and folder.exists():
+        _clear(folder)
+    if (folder / "manifest.json").exists():
+        cache = TeacherCache.open(folder)
+        cache.check_teacher(teacher)
+        cache.check_views(views)
+        cache.check_data(data.pairs, data.texts)
+        least = cache.probe(teacher, data.pairs, rows=config.cache.probe_rows, cosine=config.cache.probe_cosine)
+        _log.info("teacher cache: %s, kept; least cosine with the live teacher %.6f", folder, least)
+    else:
+        cache = fill(
+            folder,
+            teacher,
+            data.pairs,
+            data.texts,
+            views=views,
+            shard_rows=config.cache.shard_rows,
+            batch=config.teacher.batch,
+        )
+    refused = {row.key for row in cache.rejected}
+    kept = data.without(refused)
+    mine = tuple(row for row in cache.rejected if row.key in {pair.key for pair in data.pairs})
+    if mine:
+        write_rejections(workspace.rejected, (*data.rejected, *mine))
+        check_limit(workspace, kept, (*data.rejected, *mine))
+    return cache, kept
+
+
+def _adopted(workspace: Workspace, data: RunData) -> TeacherCache:
+    teacher = workspace.config.teacher
+    return adopt(
+        Path(teacher.embeddings or ""),
+        data.pairs,
+        logit_scale=teacher.logit_scale or 0.0,
+        logit_bias=teacher.logit_bias,
+    )
+
+
+def _clear(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder)
+
+
+def _load(config: RunConfig, sources: Sources, kind: Any, taken: set[str]) -> Source:
+    specs = [SourceSpec(**source.model_dump()) for source in sources]
+    return load_source(specs, base=Path(), max_pixels=config.data.max_pixels, kind=kind, taken=taken)
+
+
+def _load_sets(config: RunConfig, taken: set[str]) -> dict[str, Source]:
+    data, held = config.data, config.data.hold_out
+    sets = {"train": _load(config, data.train, "pairs", taken)} if data.train else {}
+    if data.train and held.val + held.test > 0:
+        parts = split_source(sets["train"], {"val": held.val, "test": held.test}, held.by, str(config.seed))
+        sets |= {name: part for name, part in parts.items() if name == "train" or len(part)}
+    if data.val:
+        sets["val"] = _load(config, data.val, "pairs", taken)
+    for name, sources in data.test.items():
+        sets[name] = _load(config, sources, "pairs", taken)
+    return sets
+
+
+def _without(source: Source, refused: set[str]) -> Source:
+    kept = [row for row, pair in enumerate(source.pairs) if pair.key not in refused]
+    return Source(tuple(source.pairs[row] for row in kept), tuple(source.weights[row] for row in kept), source.rejected)

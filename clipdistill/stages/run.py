@@ -1,0 +1,106 @@
+"""The whole job: data, teacher cache, student, index, evaluation, report; each stage skips what is already done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from clipdistill.core import files
+from clipdistill.core.errors import DataError
+from clipdistill.report.html import write_report
+from clipdistill.stages.evaluate import evaluate
+from clipdistill.stages.index import build_index
+from clipdistill.stages.inputs import RunData, load_data, open_cache, open_teacher
+from clipdistill.stages.train import train
+from clipdistill.stages.workspace import Workspace
+
+STAGES = ("cache", "train", "index", "evaluate", "report")
+
+
+def run(workspace: Workspace, *, until: str = "report", force: bool = False) -> dict[str, Any]:
+    """Do the stages of a run up to one of them.
+
+    Args:
+        workspace: The run.
+        until: The last stage: one of ``STAGES``. With ``force``, that stage is made again; the whole run where it is
+            ``report`` of :func:`run_all`.
+        force: Make the stage again although it is done.
+
+    Returns:
+        The report's plain values where the run was evaluated, else what the last stage made, in a few facts.
+    """
+    workspace.begin()
+    data = load_data(workspace)
+    teacher = open_teacher(workspace.config)
+    cache, data = open_cache(workspace, data, teacher, force=force and until == "cache")
+    if until == "cache":
+        facts = {key: cache.facts.get(key) for key in ("pictures", "texts", "dim", "views", "teacher")}
+        return {**facts, "folder": str(cache.folder), "fingerprint": cache.fingerprint}
+    student = train(workspace, data, cache, teacher, force=force and until == "train")
+    if until == "train":
+        return {
+            "folder": str(workspace.student),
+            "parameters": student.parameters,
+            "fingerprint": student.fingerprint,
+            **_best(workspace),
+        }
+    if until == "index":
+        index = build_index(workspace, data, student, force=force)
+        return {"folder": str(workspace.index), "vectors": len(index), "factory": index.factory}
+    report = evaluate(workspace, data, cache, student, teacher, force=force)
+    if until == "evaluate":
+        return report
+    build_index(workspace, data, student, force=force)
+    make_report(workspace, data)
+    return report
+
+
+def run_all(workspace: Workspace, *, force: bool = False) -> dict[str, Any]:
+    """The whole job, from the beginning where ``force`` is given.
+
+    The teacher cache in a folder of its own (``cache.folder``) is kept even then: it may serve other runs.
+    """
+    if force:
+        for stage in STAGES:
+            workspace.note(stage).unlink(missing_ok=True)
+        for path in (workspace.training, workspace.student, workspace.index, workspace.folder / "cache"):
+            _remove(path)
+    return run(workspace)
+
+
+def make_report(workspace: Workspace, data: RunData | None = None) -> None:
+    """Write ``report.html`` from ``report.json``, the training's metrics and the data's pictures.
+
+    Raises:
+        DataError: If the run was not evaluated yet.
+    """
+    if not workspace.report_json.exists():
+        raise DataError(f"{workspace.report_json}: not there yet. Make it with: clipdistill evaluate RUN.toml")
+    rows = data or load_data(workspace)
+    pictures = {pair.key: pair.picture for pair in rows.pairs if pair.picture is not None}
+    report = files.read_json(workspace.report_json)
+    strips = workspace.config.report.strips
+    write_report(workspace.report_html, report, read_metrics(workspace), pictures, strips=strips)
+
+
+def read_metrics(workspace: Workspace) -> list[Mapping[str, Any]]:
+    """The training's metrics, one mapping a logged step; none where there was no training yet."""
+    path = workspace.training / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _best(workspace: Workspace) -> dict[str, Any]:
+    scored = [row for row in read_metrics(workspace) if "score" in row]
+    if not scored:
+        return {}
+    best = max(scored, key=lambda row: row["score"])
+    return {"best_step": best["step"], "best_score": best["score"]}
+
+
+def _remove(path: Any) -> None:
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,169 @@
+"""The training stage: the student is built, distilled from the cache, and the best one kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipdistill.cache import TeacherCache
+from clipdistill.config import LossConfig, RunConfig
+from clipdistill.core import fingerprint
+from clipdistill.core.errors import ConfigError
+from clipdistill.evaluation import Judged, judged
+from clipdistill.losses.objective import LossWeights, Objective, TeacherScale
+from clipdistill.losses.presets import PRESETS
+from clipdistill.retrieval.exact import exact_top_k
+from clipdistill.retrieval.measures import overlap_at_k
+from clipdistill.stages.inputs import RunData
+from clipdistill.stages.workspace import Workspace
+from clipdistill.towers.build import build_student
+from clipdistill.towers.student import DualEncoder
+from clipdistill.towers.teacher import Teacher
+from clipdistill.training.batches import TrainingData
+from clipdistill.training.loop import distill
+
+_log = logging.getLogger("clipdistill")
+_TOP = 10
+
+
+def loss_weights(config: LossConfig) -> LossWeights:
+    """The preset's weights with the configuration's own values in their places."""
+    changed = {key: value for key, value in config.model_dump(exclude={"preset"}).items() if value is not None}
+    return dataclasses.replace(PRESETS[config.preset], **changed)
+
+
+def new_student(config: RunConfig, data: RunData, cache: TeacherCache, teacher: Teacher | None) -> DualEncoder:
+    """Build the untrained student of a configuration."""
+    student = config.student
+    return build_student(
+        image=student.image,
+        text=student.text,
+        dim=student.dim or cache.dim,
+        teacher_dim=cache.dim,
+        image_init=student.image_init,
+        text_init=student.text_init,
+        pretrained=student.pretrained,
+        image_weights=Path(student.image_weights) if student.image_weights else None,
+        image_size=student.image_size,
+        texts=vocabulary_texts(data),
+        vocab_size=student.vocab_size,
+        teacher=teacher,
+        seed=config.seed,
+        max_pixels=config.data.max_pixels,
+    )
+
+
+def vocabulary_texts(data: RunData) -> list[str]:
+    """The texts that decide the student's vocabulary: training captions and unpaired texts, not the other sets."""
+    source = data.sets.get("train")
+    return [*(text for pair in source.pairs for text in pair.captions), *data.texts] if source else list(data.texts)
+
+
+def train(
+    workspace: Workspace, data: RunData, cache: TeacherCache, teacher: Teacher | None, *, force: bool = False
+) -> DualEncoder:
+    """Distil the student of a run, going on from its last checkpoint.
+
+    Args:
+        workspace: The run.
+        data: Its rows.
+        cache: The teacher's embeddings of them.
+        teacher: The live teacher: its tokenizer and token table are where ``inherit`` begins.
+        force: Train again from the start.
+
+    Returns:
+        The student that agrees best with the teacher's ranking on ``val``, as saved in the run's ``student`` folder.
+
+    Raises:
+        MismatchError: If a student or checkpoint of other inputs lies in the run's folder.
+    """
+    config = workspace.config
+    made_from = {
+        "seed": config.seed,
+        "student": fingerprint.of_value(config.student.model_dump(mode="json")),
+        "loss": fingerprint.of_value(config.loss.model_dump(mode="json")),
+        "train": fingerprint.of_value(config.train.model_dump(mode="json", exclude={"workers", "log_every"})),
+        "data": data.fingerprint,
+        "teacher cache": cache.fingerprint,
+    }
+    if workspace.is_done("train", made_from, workspace.student, force=force):
+        return DualEncoder.load(workspace.student)
+    if force:
+        _restart(workspace)
+    objective = Objective(loss_weights(config.loss), TeacherScale(cache.scale, cache.bias))
+    objective.check(has_pairs=config.train.batch > 0)
+    student = distill(
+        new_student(config, data, cache, teacher),
+        cache,
+        training_data(config, data),
+        objective=objective,
+        train=config.train,
+        seed=config.seed,
+        folder=workspace.training,
+        on_eval=validation(data, cache),
+        fingerprint=fingerprint.of_value(made_from),
+    )
+    student.save(workspace.student)
+    workspace.mark_done("train", made_from)
+    return student
+
+
+def training_data(config: RunConfig, data: RunData) -> TrainingData:
+    """The rows that the loop draws from."""
+    source = data.sets.get("train")
+    if source is None:
+        return TrainingData((), (), data.images, data.texts)
+    if config.train.batch and not len(source):
+        raise ConfigError("data.train: no rows are left to train on")
+    return TrainingData(source.pairs, source.weights, data.images, data.texts)
+
+
+def validation(data: RunData, cache: TeacherCache) -> Callable[[Any, int], Mapping[str, float]] | None:
+    """A function that scores a student on ``val`` by its agreement with the teacher's ranking; None without a val set.
+
+    The score is overlap@10, the mean of both directions: recall of the teacher's own ten first hits.
+    """
+    source = data.sets.get("val")
+    if source is None or not len(source):
+        _log.warning("no validation set (data.val or data.hold_out.val): the last step's student is kept, not the best")
+        return None
+    rows = judged("val", source.pairs)
+    teacher_images, teacher_texts = cache.image_rows(rows.keys), cache.text_rows(rows.texts)
+    wanted = {
+        "text_to_image": exact_top_k(teacher_texts, teacher_images, _TOP).ids,
+        "image_to_text": exact_top_k(teacher_images, teacher_texts, _TOP).ids,
+    }
+
+    def on_eval(student: DualEncoder, step: int) -> Mapping[str, float]:
+        images, texts = student.encode_images(rows.pictures), student.encode_texts(rows.texts)
+        values = {
+            "overlap10_text_to_image": _overlap(exact_top_k(texts, images, _TOP).ids, wanted["text_to_image"]),
+            "overlap10_image_to_text": _overlap(exact_top_k(images, texts, _TOP).ids, wanted["image_to_text"]),
+            **_success(rows, texts, images),
+        }
+        score = (values["overlap10_text_to_image"] + values["overlap10_image_to_text"]) / 2
+        return {**values, "score": score}
+
+    return on_eval
+
+
+def _overlap(student: Any, teacher: Any) -> float:
+    return float(np.mean(overlap_at_k(student, teacher, _TOP)))
+
+
+def _success(rows: Judged, texts: Any, images: Any) -> dict[str, float]:
+    from clipdistill.retrieval.measures import success_at_k
+
+    ids = exact_top_k(texts, images, _TOP).ids
+    return {"success10_text_to_image": float(np.mean(success_at_k(ids, rows.relevant_pictures, _TOP)))}
+
+
+def _restart(workspace: Workspace) -> None:
+    import shutil
+
+    shutil.rmtree(workspace.training, ignore_errors=True)

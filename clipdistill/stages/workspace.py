@@ -1,0 +1,115 @@
+"""A run's folder: where each artefact lies, and whether what lies there was made from the present inputs."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipdistill.config import RunConfig
+from clipdistill.core import files
+from clipdistill.core.errors import MismatchError
+
+_log = logging.getLogger("clipdistill")
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """The paths of one run.
+
+    Attributes:
+        config: The run's configuration.
+        folder: The run's folder.
+    """
+
+    config: RunConfig
+    folder: Path
+
+    @staticmethod
+    def of(config: RunConfig, out: Path | None = None) -> Workspace:
+        """The workspace of a run: ``out``, or ``runs/NAME`` in the present folder."""
+        return Workspace(config, out or Path("runs") / config.name)
+
+    @property
+    def cache(self) -> Path:
+        """The teacher cache's folder; it may be shared between runs."""
+        return Path(self.config.cache.folder) if self.config.cache.folder else self.folder / "cache"
+
+    @property
+    def training(self) -> Path:
+        """Checkpoints, the best student so far, metrics and TensorBoard events."""
+        return self.folder / "training"
+
+    @property
+    def student(self) -> Path:
+        """The finished student: an open_clip ``local-dir:`` folder."""
+        return self.folder / "student"
+
+    @property
+    def index(self) -> Path:
+        """The FAISS index over the student's picture embeddings."""
+        return self.folder / "index"
+
+    @property
+    def report_json(self) -> Path:
+        """All measured figures."""
+        return self.folder / "report.json"
+
+    @property
+    def report_html(self) -> Path:
+        """The page that is made from them."""
+        return self.folder / "report.html"
+
+    @property
+    def rejected(self) -> Path:
+        """The rows that were refused, with reasons."""
+        return self.folder / "rejected.jsonl"
+
+    def begin(self) -> None:
+        """Make the folder and note the resolved configuration in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(self.folder / "run.toml", self.config.to_toml())
+
+    def note(self, stage: str) -> Path:
+        """The note that says from which inputs a stage's artefact was made."""
+        return self.folder / "stages" / f"{stage}.json"
+
+    def is_done(self, stage: str, made_from: dict[str, Any], artefact: Path, *, force: bool) -> bool:
+        """Whether a stage's artefact is there and was made from these inputs.
+
+        Args:
+            stage: The stage's name.
+            made_from: Fingerprints of all that decides the artefact, by name.
+            artefact: The file or folder that the stage makes.
+            force: Remove what is there and say no.
+
+        Raises:
+            MismatchError: If it was made from other inputs, naming the first that differs and both values.
+        """
+        note = self.note(stage)
+        if force:
+            note.unlink(missing_ok=True)
+            _remove(artefact)
+            return False
+        if not note.exists() or not artefact.exists():
+            return False
+        found = files.read_json(note)
+        for field, value in made_from.items():
+            if found.get(field) != value:
+                remedy = f"Give another --out, or make it again with: clipdistill {stage} ... --force"
+                raise MismatchError(str(artefact), field, value, found.get(field), remedy)
+        _log.info("%s: already done, kept (%s)", stage, artefact)
+        return True
+
+    def mark_done(self, stage: str, made_from: dict[str, Any]) -> None:
+        """Note from which inputs a stage's artefact was made, after it is whole."""
+        files.write_json(self.note(stage), made_from)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
