@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,6 +39,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    # Before torch is loaded. Threads that spin while they wait lose two to ten times the speed as soon as another
+    # process wants a core; sleeping ones cost nothing measurable on a quiet machine. Results do not depend on it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("clipdistill").setLevel(logging.INFO)
     try:
