@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,7 @@ def open_cache(
         return _adopted(workspace, data), data
     views = Views(config.cache.views, config.cache.view_seed, config.cache.view_scale)
     folder = workspace.cache
-    if force and folder.exists():
+    if force and folder.exists() and any(folder.iterdir()):
         _clear(folder)
     if (folder / "manifest.json").exists():
         cache = TeacherCache.open(folder)
@@ -189,8 +190,13 @@ def _adopted(workspace: Workspace, data: RunData) -> TeacherCache:
 
 
 def _clear(folder: Path) -> None:
-    import shutil
+    """Remove a cache, finished or not; a folder that is not one is left alone.
 
+    Raises:
+        MismatchError: If the folder holds something else.
+    """
+    if not (folder / "plan.json").exists():
+        TeacherCache.open(folder, verify=False)
     shutil.rmtree(folder)
 
 

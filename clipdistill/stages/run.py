@@ -23,9 +23,8 @@ def run(workspace: Workspace, *, until: str = "report", force: bool = False) -> 
 
     Args:
         workspace: The run.
-        until: The last stage: one of ``STAGES``. With ``force``, that stage is made again; the whole run where it is
-            ``report`` of :func:`run_all`.
-        force: Make the stage again although it is done.
+        until: The last stage: one of ``STAGES``.
+        force: Make that stage again although it is done; the stages before it are kept.
 
     Returns:
         The report's plain values where the run was evaluated, else what the last stage made, in a few facts.

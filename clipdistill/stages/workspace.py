@@ -68,9 +68,10 @@ class Workspace:
         return self.folder / "rejected.jsonl"
 
     def begin(self) -> None:
-        """Make the folder and note the resolved configuration in it."""
+        """Make the folder, and note the resolved configuration in a new one."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        files.write_text(self.folder / "run.toml", self.config.to_toml())
+        if not (self.folder / "run.toml").exists():
+            self._note_config()
 
     def note(self, stage: str) -> Path:
         """The note that says from which inputs a stage's artefact was made."""
@@ -104,8 +105,12 @@ class Workspace:
         return True
 
     def mark_done(self, stage: str, made_from: dict[str, Any]) -> None:
-        """Note from which inputs a stage's artefact was made, after it is whole."""
+        """Note from which inputs a stage's artefact was made, after it is whole, and the configuration that made it."""
         files.write_json(self.note(stage), made_from)
+        self._note_config()
+
+    def _note_config(self) -> None:
+        files.write_text(self.folder / "run.toml", self.config.to_toml())
 
 
 def _remove(path: Path) -> None:
