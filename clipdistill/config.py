@@ -189,6 +189,8 @@ class TrainConfig(Section):
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-4
     lr_image: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """The picture tower's learning rate; none = ``lr``."""
+    lr_head: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """The learning rate of the picture tower's last layer, which is new on a pretrained tower; none = ``lr_image``."""
     lr_text: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """The text tower's learning rate; none = ``lr``."""
     weight_decay: Weight = 0.1

@@ -259,6 +259,7 @@ def _line(run: _Run, outcome: _Outcome, share: float) -> dict[str, Any]:
         **{name: float(torch.stack(values).mean()) for name, values in found.items()},
         "lr": share * train.lr,
         "lr_image": share * (train.lr_image or train.lr),
+        "lr_head": share * (train.lr_head or train.lr_image or train.lr),
         "lr_text": share * (train.lr_text or train.lr),
         "grad_norm": outcome.grad_norm,
         "rejected": len(state.rejected),

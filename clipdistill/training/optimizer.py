@@ -13,9 +13,10 @@ from clipdistill.config import TrainConfig
 from clipdistill.core.errors import ConfigError, suggest
 
 _FUSED = ("cpu", "cuda")  # one kernel for all parameters: 6 ms a step instead of 41 for 2.5 million on one CPU core
-Part = Literal["image", "text", "other"]
+Part = Literal["head", "image", "text", "other"]
 Named = Mapping[str, nn.Parameter]
 # Tables and tokens that are no matrices of a linear map: pulling them to zero shrinks what they mark.
+_LAST = {("head",), ("proj",), ("trunk", "classifier"), ("trunk", "head"), ("trunk", "fc")}  # below ``visual``
 _UNDECAYED = ("positional_embedding", "pos_embed", "class_embedding", "cls_token", "cls_emb", "reg_token", "logit_")
 
 
@@ -73,7 +74,8 @@ def build_optimizer(parameters: Named, train: TrainConfig) -> torch.optim.AdamW:
         parameters: What is trained, by the names that :func:`trained_parameters` gives.
         train: Rates, decay and betas.
     """
-    rates = {"image": train.lr_image or train.lr, "text": train.lr_text or train.lr, "other": train.lr}
+    image = train.lr_image or train.lr
+    rates = {"head": train.lr_head or image, "image": image, "text": train.lr_text or train.lr, "other": train.lr}
     groups: dict[tuple[Part, float], dict[str, Any]] = {}
     for name, value in parameters.items():
         part, decay = part_of(name), train.weight_decay if _decays(name, value) else 0.0
@@ -101,11 +103,14 @@ def align_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def part_of(name: str) -> Part:
-    """The tower that a trained parameter belongs to, by its name."""
+    """The tower that a parameter belongs to, by its name; the picture tower's last layer is a part of its own."""
     words = name.split(".")
     if words[0] != "student":
         return "other"
-    return "image" if "visual" in words or "image" in words else "text"
+    if "visual" in words:
+        below = tuple(words[words.index("visual") + 1 :])
+        return "head" if below[:1] in _LAST or below[:2] in _LAST else "image"
+    return "image" if "image" in words else "text"
 
 
 def _decays(name: str, value: nn.Parameter) -> bool:

@@ -63,7 +63,17 @@ def test_a_student_learns_its_teachers_embeddings():
     assert lines[0]["loss"] > lines[-1]["loss"]
     assert set(lines[0]) == {
         *("step", "epoch", "loss", "clip", "affinity", "feature_image", "feature_text", "interactive"),
-        *("lr", "lr_image", "lr_text", "grad_norm", "rejected", "samples_per_s", "data_seconds", "compute_seconds"),
+        *(
+            "lr",
+            "lr_image",
+            "lr_head",
+            "lr_text",
+            "grad_norm",
+            "rejected",
+            "samples_per_s",
+            "data_seconds",
+            "compute_seconds",
+        ),
     }
     assert lines[0]["epoch"] == 40
     assert lines[-1]["feature_image"] < 0.25

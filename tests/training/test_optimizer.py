@@ -46,6 +46,11 @@ def test_every_parameter_is_in_one_group_with_its_towers_rate_and_its_decay():
 def test_projections_belong_to_their_towers():
     names = trained_parameters(little.student(dim=8).module, little.objective())
     assert part_of("student.projection.image.weight") == "image"
+    assert part_of("student.model.visual.trunk.classifier.weight") == "head"
+    assert part_of("student.model.visual.trunk.head.fc.weight") == "head"
+    assert part_of("student.model.visual.head.proj.weight") == "head"
+    assert part_of("student.model.visual.proj") == "head"
+    assert part_of("student.model.visual.trunk.conv_head.weight") == "image"
     assert part_of("student.projection.text.weight") == "text"
     assert {"student.projection.image.weight", "student.projection.text.weight"} < set(names)
 
