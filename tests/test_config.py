@@ -134,7 +134,8 @@ def test_the_keys_are_frozen():
         student.dim student.vocab_size loss.preset loss.clip loss.siglip loss.affinity loss.feature_cosine
         loss.feature_mse loss.interactive loss.temperature loss.teacher_scale loss.student_scale loss.affinity_rows
         loss.multi_positive train.steps train.batch train.batch_images train.batch_texts train.accumulation train.lr
-        train.lr_image train.lr_head train.lr_text train.weight_decay train.betas train.warmup train.final_lr train.grad_clip
+        train.lr_image train.lr_head
+        train.lr_text train.weight_decay train.betas train.warmup train.final_lr train.grad_clip
         train.freeze train.precision train.ema train.eval_every train.save_every train.log_every train.workers
         train.max_skipped train.threads train.device index.factory index.sets evaluate.ks evaluate.sets
         report.strips""",
