@@ -265,7 +265,7 @@ class RunConfig(Section):
         return self
 
     @staticmethod
-    def load(path: Path, overrides: Sequence[str] = (), checks: Sequence[Check] = ()) -> RunConfig:
+    def load(path: str | Path, overrides: Sequence[str] = (), checks: Sequence[Check] = ()) -> RunConfig:
         """Read a TOML file, change single keys, and check everything.
 
         Args:
@@ -276,14 +276,15 @@ class RunConfig(Section):
         Raises:
             ConfigError: With every fault, each with its dotted path and the nearest valid name.
         """
+        path = Path(path)
         raw = toml.read(path)
         faults = list(toml.apply_overrides(raw, overrides))
         return _validated(raw, path.parent.resolve(), checks, faults)
 
     @staticmethod
-    def parse(raw: Mapping[str, Any], base: Path, checks: Sequence[Check] = ()) -> RunConfig:
+    def parse(raw: Mapping[str, Any], base: str | Path, checks: Sequence[Check] = ()) -> RunConfig:
         """Check a configuration that is already a dictionary; ``base`` is where relative paths start."""
-        return _validated(dict(raw), base, checks, [])
+        return _validated(dict(raw), Path(base), checks, [])
 
     def to_toml(self) -> str:
         """The whole configuration, defaults included, as TOML that :meth:`load` reads back equal."""

@@ -19,7 +19,12 @@ _PICTURE_COLUMNS = ("key", "image_path", "url")
 
 
 def adopt(
-    folder: Path, pairs: Sequence[Pair], *, logit_scale: float, logit_bias: float | None = None, name: str = ""
+    folder: str | Path,
+    pairs: Sequence[Pair],
+    *,
+    logit_scale: float,
+    logit_bias: float | None = None,
+    name: str = "",
 ) -> TeacherCache:
     """Use stored embeddings as a teacher.
 
@@ -36,6 +41,7 @@ def adopt(
     Raises:
         DataError: If files are missing, counts differ, or rows hold values that are not finite.
     """
+    folder = Path(folder)
     images, texts = _rows(folder, "img_emb"), _rows(folder, "text_emb")
     table = _metadata(folder)
     if not len(images) and not len(texts):

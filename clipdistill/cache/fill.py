@@ -69,7 +69,7 @@ class FillingTeacher(Protocol):
 
 
 def fill(
-    folder: Path,
+    folder: str | Path,
     teacher: FillingTeacher,
     pairs: Sequence[Pair],
     texts: Sequence[str] = (),
@@ -95,6 +95,7 @@ def fill(
     Raises:
         MismatchError: If the folder holds a cache, or part of one, of other inputs.
     """
+    folder = Path(folder)
     drawn = views or Views()
     pictures = [pair for pair in pairs if pair.picture is not None]
     words = list(dict.fromkeys([*(text for pair in pairs for text in pair.captions), *texts]))

@@ -25,6 +25,7 @@ from clipdistill.towers.encoder import Vectors
 
 KIND, VERSION = "teacher-cache", 1
 REMEDY = "Use another cache.folder, or build it again with --force."
+_ADOPTED_REMEDY = "Add the rows to the embeddings folder, or take them out of the data."
 Half = npt.NDArray[np.float16]
 
 
@@ -123,7 +124,7 @@ class TeacherCache:
         self.drawn = Views(recorded["count"], recorded["seed"], (low, high))
 
     @staticmethod
-    def open(folder: Path, *, verify: bool = True) -> TeacherCache:
+    def open(folder: str | Path, *, verify: bool = True) -> TeacherCache:
         """Open a finished cache.
 
         Args:
@@ -134,6 +135,7 @@ class TeacherCache:
             DataError: If it was never finished.
             MismatchError: If it is of another kind or version, or a file differs.
         """
+        folder = Path(folder)
         facts = manifest.read(folder, KIND, VERSION, REMEDY)
         if verify:
             manifest.verify_files(folder, facts["files"], REMEDY)
@@ -263,11 +265,17 @@ class TeacherCache:
         refused = {row.key for row in self.rejected}
         with_picture = [pair for pair in pairs if pair.picture is not None and pair.key not in refused]
         missing = [pair.key for pair in with_picture if not self.has_image(pair.key)]
-        _refuse_missing(self.folder, "pictures", missing, len(with_picture))
+        self._refuse_missing("pictures", missing, len(with_picture))
         wanted = dict.fromkeys([*(text for pair in pairs for text in pair.captions), *texts])
-        _refuse_missing(self.folder, "texts", [text for text in wanted if not self.has_text(text)], len(wanted))
+        self._refuse_missing("texts", [text for text in wanted if not self.has_text(text)], len(wanted))
         for pair in with_picture:
             self._check_picture(pair)
+
+    def _refuse_missing(self, what: str, missing: Sequence[str], total: int) -> None:
+        if missing:
+            found = f"{total - len(missing)} (the first that is missing: {missing[0]!r})"
+            remedy = _ADOPTED_REMEDY if self.facts.get("adopted") else REMEDY
+            raise MismatchError(str(self.folder), f"data.{what}", f"rows for all {total}", found, remedy)
 
     def _check_picture(self, pair: Pair) -> None:
         recorded, picture = self._marks.get(pair.key), pair.picture
@@ -328,12 +336,6 @@ def _numbers(index: Mapping[str, int], names: Sequence[str], what: str, folder: 
         return np.fromiter((index[name] for name in names), np.int64, len(names))
     except KeyError as missing:
         raise DataError(f"{folder}: the teacher's cache has no row for the {what} {missing}. {REMEDY}") from None
-
-
-def _refuse_missing(folder: Path, what: str, missing: Sequence[str], total: int) -> None:
-    if missing:
-        found = f"{total - len(missing)} (the first that is missing: {missing[0]!r})"
-        raise MismatchError(str(folder), f"data.{what}", f"rows for all {total}", found, REMEDY)
 
 
 def _check_count(folder: Path, what: str, expected: int, counts: Sequence[int]) -> None:

@@ -129,7 +129,7 @@ class VectorIndex:
         """The names of the found rows, query by query, best first; padding is left out."""
         return [[self._ids[row] for row in rows if row >= 0] for rows in ranking.ids.tolist()]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write ``index.faiss``, ``ids.jsonl`` and, last, ``manifest.json``; the folder is replaced as a whole.
 
         Args:
@@ -138,6 +138,7 @@ class VectorIndex:
         Raises:
             DataError: If the folder holds anything else, which would be lost.
         """
+        folder = Path(folder)
         strange = (
             sorted(path.name for path in folder.iterdir() if path.name not in _OWN_FILES) if folder.is_dir() else []
         )
@@ -163,7 +164,7 @@ class VectorIndex:
         }
 
     @classmethod
-    def load(cls, folder: Path, *, encoder: str | None) -> VectorIndex:
+    def load(cls, folder: str | Path, *, encoder: str | None) -> VectorIndex:
         """Read an index, after its files' SHA-256 were compared with the manifest and before FAISS sees a byte.
 
         Args:
@@ -174,6 +175,7 @@ class VectorIndex:
             DataError: If the folder has no readable manifest.
             MismatchError: If a file, a count or the encoder differs from the manifest.
         """
+        folder = Path(folder)
         facts = manifest.read(folder, KIND, VERSION, _REMEDY)
         for field in _FIELDS:
             if field not in facts:

@@ -181,12 +181,14 @@ def open_cache(
 
 def _adopted(workspace: Workspace, data: RunData) -> TeacherCache:
     teacher = workspace.config.teacher
-    return adopt(
+    cache = adopt(
         Path(teacher.embeddings or ""),
         data.pairs,
         logit_scale=teacher.logit_scale or 0.0,
         logit_bias=teacher.logit_bias,
     )
+    cache.check_data(data.pairs, data.texts)
+    return cache
 
 
 def _clear(folder: Path) -> None:

@@ -196,7 +196,7 @@ class DualEncoder:
             if bias is not None:
                 self.model.logit_bias.fill_(bias)
 
-    def save(self, folder: Path, extra: Mapping[str, Any] | None = None) -> None:
+    def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
         """Write the student as a folder that open_clip loads as ``local-dir:FOLDER``.
 
         Args:
@@ -221,7 +221,7 @@ class DualEncoder:
             manifest.write(aside, _KIND, _VERSION, values)
 
     @staticmethod
-    def load(folder: Path, *, max_pixels: int = MAX_PIXELS) -> DualEncoder:
+    def load(folder: str | Path, *, max_pixels: int = MAX_PIXELS) -> DualEncoder:
         """Read what :meth:`save` wrote, after comparing every file with the manifest's SHA-256.
 
         Args:

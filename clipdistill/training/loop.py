@@ -87,7 +87,7 @@ def distill(
     objective: Objective,
     train: TrainConfig,
     seed: int,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     on_eval: OnEval | None = None,
     resume: bool = True,
     fingerprint: str = "",
@@ -117,6 +117,7 @@ def distill(
         DataError: If too many pictures cannot be read, or too many steps have no finite loss or gradient.
         MismatchError: If a checkpoint is of another run, or a picture not the one that the cache was made from.
     """
+    folder = None if folder is None else Path(folder)
     device = numerics.choose_device(train.device)
     with numerics.reproducible(device, train.threads), frozen(student.model, train.freeze) as norms:
         state = _new_state(student, objective, train, device)
