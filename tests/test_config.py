@@ -22,6 +22,10 @@ def parse(base, **sections):
     return RunConfig.parse(raw, base)
 
 
+def test_the_base_may_be_a_string(base):
+    assert RunConfig.parse(BASE, str(base)) == parse(base)
+
+
 def faults(base, **sections):
     with pytest.raises(ConfigError) as caught:
         parse(base, **sections)
@@ -46,6 +50,7 @@ def test_the_resolved_file_reads_back_equal(base):
     config = parse(base, data={**BASE["data"], "test": {"one": "a.csv", "two": ["b.csv"]}}, train={"betas": [0.8, 0.9]})
     (base / "resolved.toml").write_text(config.to_toml())
     assert RunConfig.load(base / "resolved.toml") == config
+    assert RunConfig.load(str(base / "resolved.toml")) == config
 
 
 def test_every_fault_is_told_at_once(base):

@@ -8,6 +8,7 @@ from pathlib import Path
 from clipdistill.config import known_sets
 from clipdistill.core import fingerprint
 from clipdistill.core.errors import DataError
+from clipdistill.data.readers import PICTURE_SUFFIXES
 from clipdistill.data.records import Pair, Picture
 from clipdistill.retrieval.index import VectorIndex
 from clipdistill.search import Hit, Searcher
@@ -66,7 +67,7 @@ def search(workspace: Workspace, query: str, k: int) -> list[Hit]:
         k: How many hits.
 
     Raises:
-        DataError: If the run has no student or no index yet.
+        DataError: If the run has no student or no index yet, or the query names a picture that is not there.
         MismatchError: If the index was made by another student.
     """
     for verb, folder in (("train", workspace.student), ("index", workspace.index)):
@@ -75,6 +76,15 @@ def search(workspace: Workspace, query: str, k: int) -> list[Hit]:
     student = DualEncoder.load(workspace.student)
     searcher = Searcher(student, VectorIndex.load(workspace.index, encoder=student.fingerprint))
     path = Path(query)
-    if len(query) < 4096 and path.suffix and path.is_file():
+    if path.suffix and _is_file(path):
         return searcher.by_picture(Picture(origin=query, path=path), k)
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        raise DataError(f"{query}: no such picture. Check the path; to search for words, leave {path.suffix} out")
     return searcher.by_text(query, k)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a sentence may be longer than a file's name can be
+        return False

@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipdistill.cache import adopt
-from clipdistill.core.errors import DataError
+from clipdistill.core.errors import DataError, MismatchError
 from clipdistill.data.records import Pair, Picture
 
 PATHS = ["pictures/a.jpg", "pictures/b.jpg", "other/b.jpg", "c.png"]
@@ -97,3 +97,14 @@ def test_its_fingerprint_follows_its_files(tmp_path):
     assert same[0] == same[1]
     np.save(tmp_path / "b/img_emb/img_emb_1.npy", np.ones((2, 6), np.float16))
     assert adopt(tmp_path / "b", [pair("a")], logit_scale=1.0, name="m").fingerprint != same[0]
+
+
+def test_rows_that_the_folder_lacks_are_named_and_not_to_be_built_again(tmp_path):
+    clip_retrieval_folder(tmp_path)
+    cache = adopt(str(tmp_path), [pair("a", "an apple"), pair("z")], logit_scale=1.0)
+    cache.check_data([pair("a", "an apple")], ["a boat"])
+    with pytest.raises(MismatchError, match=r"data\.pictures.*rows for all 2.*'z'.*Add the rows") as fault:
+        cache.check_data([pair("a", "an apple"), pair("z")], [])
+    assert "--force" not in str(fault.value)
+    with pytest.raises(MismatchError, match=r"data\.texts.*'a text without a row'.*Add the rows"):
+        cache.check_data([], ["a text without a row"])

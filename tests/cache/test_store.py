@@ -106,3 +106,8 @@ def test_another_kind_of_folder_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text("not json")
     with pytest.raises(DataError, match="not readable"):
         TeacherCache.open(tmp_path)
+
+
+def test_folders_may_be_strings(cache, teacher, tmp_path):
+    again = fill(str(tmp_path / "again"), teacher, tiny.pairs(12), shard_rows=5)
+    assert TeacherCache.open(str(cache.folder)).fingerprint == TeacherCache.open(again.folder).fingerprint

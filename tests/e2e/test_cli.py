@@ -71,6 +71,12 @@ def test_3_search_finds_by_text_and_by_picture(small):
     same = last_json(call("search", "run.toml", "train/p005.png", "-k", "1", "--json", cwd=small))
     assert "p005" in same[0]["key"]
     assert same[0]["score"] == pytest.approx(1, abs=1e-4)
+    sentence = "a picture of something, e.g. " + "very " * 60 + "nice"  # longer than a file's name may be
+    assert len(last_json(call("search", "run.toml", sentence, "-k", "2", "--json", cwd=small))) == 2
+    absent = call("search", "run.toml", "train/p555.PNG", cwd=small)
+    assert absent.returncode == 2
+    assert "train/p555.PNG: no such picture" in absent.stderr
+    assert not absent.stdout
 
 
 def test_4_run_again_keeps_everything_that_is_done(small):

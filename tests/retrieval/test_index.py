@@ -374,3 +374,10 @@ def test_save_replaces_an_index_and_nothing_else(saved):
         build("Flat", 30, duplicates=0)[1].save(saved)
     assert (saved / "thesis.txt").exists()
     shutil.rmtree(saved)
+
+
+def test_folders_may_be_strings(tmp_path):
+    vectors, flat = build(count=50, duplicates=0)
+    flat.save(str(tmp_path / "index"))
+    again = VectorIndex.load(str(tmp_path / "index"), encoder="e" * 64)
+    assert_equal(again.search(vectors, 5), flat.search(vectors, 5))

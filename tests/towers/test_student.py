@@ -310,3 +310,8 @@ def test_grey_and_transparent_pictures_are_embedded(student):
         Image.new(mode, (20, 20), 3).save(out, "PNG")
         rows.append(Picture(mode, data=out.getvalue()))
     assert np.isfinite(student.encode_images(rows)).all()
+
+
+def test_folders_may_be_strings(student, tmp_path):
+    student.save(str(tmp_path / "student"))
+    assert DualEncoder.load(str(tmp_path / "student")).fingerprint == student.fingerprint

@@ -451,3 +451,9 @@ def test_the_objective_is_a_module_that_trains_with_the_student():
     moved = {name for name, value in objective.named_parameters() if not torch.equal(value, before[name])}
     assert moved == {"logit_scale", "icl_scale"}
     assert isinstance(objective, nn.Module)
+
+
+def test_the_folder_may_be_a_string(tmp_path):
+    student = run(steps=2, folder=str(tmp_path / "training"))
+    assert (tmp_path / "training" / "metrics.jsonl").is_file()
+    assert weights(student) == weights(run(steps=2))
