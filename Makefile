@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench bars clean
+.PHONY: demo test check bench bench-seeds bars clean
 
 demo: $(VENV)/.demo
 	$(BIN)/clipdistill demo --json
@@ -20,6 +20,9 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/demo.py
+
+bench-seeds: $(VENV)/.dev
+	$(BIN)/python benchmarks/demo_seeds.py
 
 bars: $(VENV)/.dev
 	$(BIN)/python benchmarks/bars.py

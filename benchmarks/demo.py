@@ -16,9 +16,9 @@ from clipdistill.demo import BARS
 COMMAND = "make bench"
 
 
-def run_demo(out: Path) -> dict[str, float | str]:
-    """Run the demo in a process of its own, from nothing, and return its figures."""
-    call = [sys.executable, "-m", "clipdistill", "demo", "--json", "--out", str(out)]
+def run_demo(out: Path, *overrides: str) -> dict[str, float | str]:
+    """Run the demo in a process of its own, from nothing, and return its figures, whether or not it meets its bars."""
+    call = [sys.executable, "-m", "clipdistill", "demo", *overrides, "--json", "--out", str(out)]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     if not done.stdout.strip():
         raise RuntimeError(f"the demo printed nothing: {done.stderr[-2000:]}")
