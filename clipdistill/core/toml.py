@@ -115,19 +115,24 @@ def write(values: Mapping[str, Any], prefix: str = "") -> str:
     """Plain nested values as TOML text, in the order given; ``prefix`` is the dotted place of a sub-table."""
     plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
     tables = {k: v for k, v in values.items() if isinstance(v, Mapping)}
-    lines = [f"{key} = {_literal(value)}" for key, value in plain.items()]
+    lines = [f"{_key(key)} = {_literal(value)}" for key, value in plain.items()]
     text = "\n".join(lines) + ("\n" if lines else "")
     for key, value in tables.items():
-        dotted = f"{prefix}{key}"
+        dotted = f"{prefix}{_key(key)}"
         text += f"\n[{dotted}]\n" + write(value, dotted + ".")
     return text
 
 
 def _literal(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key} = {_literal(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_key(key)} = {_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_literal(item) for item in value) + "]"
     if isinstance(value, bool):
         return "true" if value else "false"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _key(name: str) -> str:
+    """A key as TOML writes it: bare where it may be, so that ``train.lr`` is one key and not a table's."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name, ensure_ascii=False)

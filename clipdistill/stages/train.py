@@ -33,7 +33,8 @@ _TOP = 10
 
 def loss_weights(config: LossConfig) -> LossWeights:
     """The preset's weights with the configuration's own values in their places."""
-    changed = {key: value for key, value in config.model_dump(exclude={"preset"}).items() if value is not None}
+    known = {field.name for field in dataclasses.fields(LossWeights)}
+    changed = {key: value for key, value in config.model_dump(include=known).items() if value is not None}
     return dataclasses.replace(PRESETS[config.preset], **changed)
 
 

@@ -1,0 +1,43 @@
+"""The configuration of a run: one TOML file, checked at birth, every fault reported at once.
+
+Imports no torch: ``clipdistill --help`` and a faulty file answer at once.
+"""
+
+from clipdistill.config.base import Section
+from clipdistill.config.data import DataConfig, HoldOut, SourceConfig, Sources
+from clipdistill.config.features import BlockConfig, FeaturesConfig
+from clipdistill.config.loss import LossConfig
+from clipdistill.config.measure import EvaluateConfig, IndexConfig, ReportConfig
+from clipdistill.config.run import RunConfig, evaluation_sets, known_sets
+from clipdistill.config.student import InheritConfig, StudentConfig
+from clipdistill.config.sweep import RangeConfig, SweepConfig
+from clipdistill.config.task import TaskConfig
+from clipdistill.config.teacher import CacheConfig, MemberConfig, TeacherConfig
+from clipdistill.config.train import MutualConfig, TrainConfig
+
+__all__ = [
+    "BlockConfig",
+    "CacheConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "FeaturesConfig",
+    "HoldOut",
+    "IndexConfig",
+    "InheritConfig",
+    "LossConfig",
+    "MemberConfig",
+    "MutualConfig",
+    "RangeConfig",
+    "ReportConfig",
+    "RunConfig",
+    "Section",
+    "SourceConfig",
+    "Sources",
+    "StudentConfig",
+    "SweepConfig",
+    "TaskConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "evaluation_sets",
+    "known_sets",
+]

@@ -1,0 +1,136 @@
+"""A whole run's configuration, and what its sections have to agree on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
+from clipdistill.config.base import Section
+from clipdistill.config.data import DataConfig
+from clipdistill.config.features import FeaturesConfig
+from clipdistill.config.loss import LossConfig
+from clipdistill.config.measure import EvaluateConfig, IndexConfig, ReportConfig
+from clipdistill.config.paths import anchored, missing_files
+from clipdistill.config.student import StudentConfig
+from clipdistill.config.sweep import SweepConfig
+from clipdistill.config.task import TaskConfig
+from clipdistill.config.teacher import CacheConfig, TeacherConfig
+from clipdistill.config.train import MutualConfig, TrainConfig
+from clipdistill.core import toml
+from clipdistill.core.errors import ConfigError, suggest
+
+Check = Callable[[Mapping[str, Any], Path], Iterable[str]]
+
+
+class RunConfig(Section):
+    """One run, from the data to the report."""
+
+    name: str
+    seed: int = 17
+    data: DataConfig
+    teacher: TeacherConfig
+    cache: CacheConfig = CacheConfig()
+    student: StudentConfig = StudentConfig()
+    loss: LossConfig = LossConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    task: TaskConfig = TaskConfig()
+    train: TrainConfig = TrainConfig()
+    mutual: MutualConfig = MutualConfig()
+    sweep: SweepConfig = SweepConfig()
+    index: IndexConfig = IndexConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        faults = [*_train_faults(self), *_set_faults(self)]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    @staticmethod
+    def load(path: str | Path, overrides: Sequence[str] = (), checks: Sequence[Check] = ()) -> RunConfig:
+        """Read a TOML file, change single keys, and check everything.
+
+        Args:
+            path: The file. Relative paths inside it start from its folder.
+            overrides: ``section.key=value`` each, the value in TOML's own form; a plain word is a string.
+            checks: Further checks of the raw values, such as names of models; each yields its faults.
+
+        Raises:
+            ConfigError: With every fault, each with its dotted path and the nearest valid name.
+        """
+        path = Path(path)
+        raw = toml.read(path)
+        faults = list(toml.apply_overrides(raw, overrides))
+        return _validated(raw, path.parent.resolve(), checks, faults)
+
+    @staticmethod
+    def parse(raw: Mapping[str, Any], base: str | Path, checks: Sequence[Check] = ()) -> RunConfig:
+        """Check a configuration that is already a dictionary; ``base`` is where relative paths start."""
+        return _validated(dict(raw), Path(base), checks, [])
+
+    def to_toml(self) -> str:
+        """The whole configuration, defaults included, as TOML that :meth:`load` reads back equal."""
+        return toml.write(self.model_dump(mode="json", exclude_none=True))
+
+
+def evaluation_sets(config: RunConfig) -> tuple[str, ...]:
+    """The names of the sets that are evaluated, in the configuration's order."""
+    if config.evaluate.sets:
+        return config.evaluate.sets
+    names = [*config.data.test, *(["test"] if config.data.hold_out.test else [])]
+    return tuple(dict.fromkeys(names)) or ("val",)
+
+
+def known_sets(config: RunConfig) -> tuple[str, ...]:
+    """The names of all sets of pairs that the configuration makes."""
+    names = ["train", "val"] if config.data.val or config.data.hold_out.val else ["train"]
+    names += [*config.data.test, *(["test"] if config.data.hold_out.test else [])]
+    return tuple(dict.fromkeys(names))
+
+
+def _train_faults(config: RunConfig) -> Iterator[str]:
+    train, data = config.train, config.data
+    if train.batch + train.batch_images + train.batch_texts == 0:
+        yield "train.batch: nothing to train on: train.batch, batch_images and batch_texts are all 0"
+    if train.batch and not data.train:
+        yield "data.train: train.batch asks for pairs, but data.train names none (set train.batch=0 to go without)"
+    if train.batch_images and not (data.images or data.train):
+        yield "train.batch_images: neither data.images nor data.train is given"
+    if train.batch_texts and not (data.texts or data.train):
+        yield "train.batch_texts: neither data.texts nor data.train is given"
+    low, high = config.cache.view_scale
+    if not 0 < low <= high <= 1:
+        yield f"cache.view_scale: must be rising shares above 0 and up to 1, got [{low}, {high}]"
+    if data.hold_out.val + data.hold_out.test >= 1:
+        yield f"data.hold_out: val + test must be below 1, got {data.hold_out.val + data.hold_out.test}"
+
+
+def _set_faults(config: RunConfig) -> Iterator[str]:
+    known = known_sets(config)
+    for section, names in (("index.sets", config.index.sets), ("evaluate.sets", config.evaluate.sets)):
+        for name in names:
+            if name not in known:
+                yield f"{section}: no set named {name!r}; {suggest(name, known)}"
+    for part, given in (("val", bool(config.data.val)), ("test", "test" in config.data.test)):
+        if given and getattr(config.data.hold_out, part):
+            yield f"data.hold_out.{part}: rows are held out for {part}, but data.{part} is given too: give one of them"
+    for name in config.data.test:
+        if name in ("train", "val") or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            yield f"data.test.{name}: not a name for an evaluation set (letters, digits, - and _; not train or val)"
+
+
+def _validated(raw: dict[str, Any], base: Path, checks: Sequence[Check], faults: list[str]) -> RunConfig:
+    config, found = toml.validate(RunConfig, raw)
+    faults += found
+    for check in (missing_files, *checks):
+        faults += list(check(raw, base))
+    if faults or config is None:
+        raise ConfigError(dict.fromkeys(faults))
+    whole: RunConfig = config.model_copy(update=anchored(config, base))
+    return whole

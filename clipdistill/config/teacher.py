@@ -1,0 +1,99 @@
+"""The configuration of the teacher and of its stored embeddings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from clipdistill.config.base import Above0, Count, Positive, Section, Share
+
+
+class MemberConfig(Section):
+    """One teacher of an ensemble: an open_clip model, or a folder of a model's embeddings."""
+
+    model: str | None = None
+    pretrained: str | None = None
+    embeddings: str | None = None
+    logit_scale: Above0 | None = None
+    """The model's own exp(logit_scale); only to be given with ``embeddings``."""
+    logit_bias: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    cache: str | None = None
+    """Where this member's embeddings are stored; none = a folder of its own in the run's cache."""
+    weight: Above0 = 1.0
+    """How much it counts, against the other members' weights."""
+    scale: Above0 | None = None
+    """The inverse temperature that its cosines get in the ensemble; none = its own exp(logit_scale)."""
+    batch: Positive = 64
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    device: str = "auto"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> MemberConfig:
+        if (self.model is None) == (self.embeddings is None):
+            raise ValueError("give each member either model or embeddings")
+        if self.embeddings is not None and self.logit_scale is None:
+            raise ValueError("a member's embeddings need its logit_scale (exp of the model's own, 100.0 for most)")
+        return self
+
+
+class TeacherConfig(Section):
+    """The large model: any open_clip model, or a folder of its embeddings."""
+
+    model: str | None = None
+    """An open_clip name, ``hf-hub:org/repo`` or ``local-dir:folder``."""
+    pretrained: str | None = None
+    """An open_clip tag, or a file of weights; only with a plain name."""
+    embeddings: str | None = None
+    """A clip-retrieval embeddings folder to adopt; then no teacher is run."""
+    logit_scale: Above0 | None = None
+    """The teacher's exp(logit_scale); only to be given with ``embeddings``."""
+    logit_bias: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    members: tuple[MemberConfig, ...] = ()
+    """Several teachers, an ensemble; then neither ``model`` nor ``embeddings`` is given."""
+    combine: Literal["logits", "probabilities", "embeddings"] = "logits"
+    """How an ensemble speaks: its members' logits are averaged before the softmax, their probabilities after it, or
+    their embeddings themselves. For the feature loss the members' embeddings are concatenated, or averaged."""
+    batch: Positive = 64
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    device: str = "auto"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TeacherConfig:
+        if self.members:
+            return self._ensemble()
+        if (self.model is None) == (self.embeddings is None):
+            raise ValueError("give either teacher.model or teacher.embeddings")
+        if self.embeddings is not None and self.logit_scale is None:
+            raise ValueError(
+                "teacher.embeddings needs teacher.logit_scale (exp of the model's own, 100.0 for most CLIP models)"
+            )
+        return self
+
+    def _ensemble(self) -> TeacherConfig:
+        if self.model is not None or self.embeddings is not None:
+            raise ValueError(
+                "teacher.members makes an ensemble: teacher.model and teacher.embeddings do not go with it"
+            )
+        if len(self.members) < 2:
+            raise ValueError("teacher.members needs two teachers or more; for one give teacher.model")
+        return self
+
+
+class CacheConfig(Section):
+    """The teacher's stored embeddings."""
+
+    folder: str | None = None
+    """Where it lies; none = ``cache`` in the run's folder. Give one folder to share it between runs."""
+    views: Positive = 1
+    """Crops a picture: view 0 is the whole picture, the others are drawn from (seed, key, number)."""
+    view_seed: int = 0
+    view_scale: tuple[float, float] = (0.6, 1.0)
+    """The least and largest share of the picture that a crop keeps."""
+    shard_rows: Positive = 4096
+    dtype: Literal["float16", "float32"] = "float16"
+    """The precision of the stored rows: float16 halves the bytes and costs a cosine of about 1e-7."""
+    probe_rows: Count = 8
+    """How many rows are encoded again by the live teacher before a stored cache is used; 0 = none."""
+    probe_cosine: Share = 0.999
+    """The probe refuses the cache when any row's cosine is below this (float16 rows of one model: above 0.9999)."""
