@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, final, get_args
 
 import torch
@@ -111,6 +112,21 @@ class Targets:
 
 
 @dataclass(frozen=True, slots=True)
+class ExtraTerm:
+    """A term of the sum that is measured elsewhere: of inner blocks, or of a task.
+
+    Attributes:
+        name: As it is reported.
+        weight: How much it counts.
+        value: The loss, attached to what it trains.
+    """
+
+    name: str
+    weight: float
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class TeacherScale:
     """How the teacher turns cosines into logits.
 
@@ -184,13 +200,16 @@ class Objective(nn.Module):
         self.logit_bias = _parameter(_SIGLIP_BIAS, learned=weights.siglip > 0)
         self.icl_scale = _parameter(math.log(_CLIP_SCALE), learned=weights.interactive > 0)
 
-    def forward(self, student: Embeddings, projected: Embeddings, targets: Targets) -> LossTerms:
+    def forward(
+        self, student: Embeddings, projected: Embeddings, targets: Targets, *, extra: Sequence[ExtraTerm] = ()
+    ) -> LossTerms:
         """Measure one batch.
 
         Args:
             student: The student's own unit embeddings [images, d] and [texts, d].
             projected: The same in the teacher's width [images, D] and [texts, D]; the same object where d = D.
             targets: The teacher's embeddings, and which texts describe which images.
+            extra: Further terms of the sum.
 
         Returns:
             The total and its parts, computed in float32 at least whatever the autocast state: at a scale of 100 a
@@ -206,7 +225,8 @@ class Objective(nn.Module):
             teacher = _as_constants(targets.teacher, like=student.images)
             total = 0 * (student.images.sum() + student.texts.sum() + projected.images.sum() + projected.texts.sum())
             parts: dict[str, Tensor] = {}
-            for name, weighted, reported in self._terms(student, projected, teacher, targets):
+            further = (_weighted(term.name, term.weight, term.value) for term in extra)
+            for name, weighted, reported in chain(self._terms(student, projected, teacher, targets), further):
                 total = total + weighted
                 parts[name] = reported.detach()
         return LossTerms(total, parts)

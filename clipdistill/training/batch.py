@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from clipdistill.data.records import Rejection
+
+
+class RowFacts(Protocol):
+    """What else is known of the rows, such as labels or stored inner blocks: arrays by name, row for row."""
+
+    def of_images(self, keys: Sequence[str], views: Sequence[int]) -> Mapping[str, npt.NDArray[np.generic]]:
+        """Facts of these views of these pictures: each array's first axis has one place a picture."""
+        ...
+
+    def of_texts(self, texts: Sequence[str]) -> Mapping[str, npt.NDArray[np.generic]]:
+        """Facts of these texts: each array's first axis has one place a text."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +41,8 @@ class Batch:
         keys: Of the pictures.
         texts: The texts themselves.
         rejected: Pictures that could not be read; their rows, and their paired texts, are left out of all the above.
+        image_facts: Further tensors by name, row for row with the pictures.
+        text_facts: Further tensors by name, row for row with the texts.
     """
 
     step: int
@@ -39,6 +55,8 @@ class Batch:
     keys: tuple[str, ...]
     texts: tuple[str, ...]
     rejected: tuple[Rejection, ...]
+    image_facts: Mapping[str, Tensor] = field(default_factory=dict)
+    text_facts: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -49,6 +67,8 @@ class Batch:
         """The same batch on another device."""
         tensors = ("pixels", "tokens", "teacher_images", "teacher_texts", "positives")
         moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in tensors}
+        for name in ("image_facts", "text_facts"):
+            moved[name] = {key: value.to(device, non_blocking=True) for key, value in getattr(self, name).items()}
         return replace(self, **moved)
 
     def parts(self, count: int) -> Iterator[Batch]:
@@ -79,4 +99,6 @@ class Batch:
             keys=tuple(self.keys[row] for row in images),
             texts=tuple(self.texts[row] for row in texts),
             rejected=(),
+            image_facts={name: value[images] for name, value in self.image_facts.items()},
+            text_facts={name: value[texts] for name, value in self.text_facts.items()},
         )

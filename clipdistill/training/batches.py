@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
@@ -16,7 +16,7 @@ from clipdistill.config import TrainConfig
 from clipdistill.core.errors import ConfigError, DataError
 from clipdistill.data.records import Pair
 from clipdistill.data.views import View
-from clipdistill.training.batch import Batch
+from clipdistill.training.batch import Batch, RowFacts
 from clipdistill.training.pictures import PictureReader, Preparation, ReadPictures
 from clipdistill.training.sampler import Stream, choose
 
@@ -114,6 +114,7 @@ class BatchMaker:
         seed: The run's seed.
         max_pixels: A picture whose header says more is refused.
         keep_bytes: How many bytes of prepared pictures are kept in memory.
+        facts: What else the batches hold of their rows.
 
     Raises:
         ConfigError: If a batch of a kind of rows is asked for that the data do not have.
@@ -131,9 +132,10 @@ class BatchMaker:
         *,
         max_pixels: int,
         keep_bytes: int = 0,
+        facts: Sequence[RowFacts] = (),
     ) -> None:
         _check(data)
-        self._cache, self._seed = cache, seed
+        self._cache, self._seed, self._facts = cache, seed, tuple(facts)
         self._reader = PictureReader(preprocess, cache, max_pixels, keep_bytes)
         self._tokenizer = tokenizer
         self._tokens: dict[str, npt.NDArray[np.int32]] = {}
@@ -193,18 +195,20 @@ class BatchMaker:
         paired = [place for place in pictures.places if place < plan.pairs]
         rows = [plan.pictures[place] for place in pictures.places]
         texts = [plan.texts[place] for place in paired] + plan.texts[plan.pairs :]
-        keys = [pair.key for pair, _ in rows]
+        keys, views = [pair.key for pair, _ in rows], [view for _, view in rows]
         return Batch(
             step=step,
             pixels=pictures.pixels,
             tokens=self._encoded(texts),
-            teacher_images=self._teacher(self._cache.image_rows(keys, [view for _, view in rows]) if rows else None),
+            teacher_images=self._teacher(self._cache.image_rows(keys, views) if rows else None),
             teacher_texts=self._teacher(self._cache.text_rows(texts) if texts else None),
             positives=_positives([pair for pair, _ in rows[: len(paired)]], texts[: len(paired)]),
             pairs=len(paired),
             keys=tuple(keys),
             texts=tuple(texts),
             rejected=tuple(pictures.rejected),
+            image_facts=_merged([known.of_images(keys, views) for known in self._facts] if rows else []),
+            text_facts=_merged([known.of_texts(texts) for known in self._facts] if texts else []),
         )
 
     def _plan(self, step: int) -> _Plan:
@@ -257,6 +261,10 @@ class _Steps(Dataset[Any]):
 
     def __getitem__(self, index: int) -> ReadPictures:
         return self._maker.read_pictures(self._first + index)
+
+
+def _merged(parts: Sequence[Mapping[str, npt.NDArray[np.generic]]]) -> dict[str, Tensor]:
+    return {name: torch.tensor(value) for part in parts for name, value in part.items()}
 
 
 def _positives(pairs: Sequence[Pair], texts: Sequence[str]) -> Tensor:

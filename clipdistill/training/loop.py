@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from clipdistill.config import TrainConfig
 from clipdistill.core.errors import ConfigError, DataError
 from clipdistill.core.progress import progress
-from clipdistill.losses.objective import Embeddings, LossTerms, Objective, Targets
+from clipdistill.losses.objective import Embeddings, ExtraTerm, LossTerms, Objective, Targets
 from clipdistill.towers.student import DualEncoder
 from clipdistill.training import numerics
-from clipdistill.training.batch import Batch
+from clipdistill.training.batch import Batch, RowFacts
 from clipdistill.training.batches import KEPT_BYTES, BatchMaker, TeacherRows, TrainingData
 from clipdistill.training.folder import TrainingFolder
 from clipdistill.training.metrics import Clock, Metrics
@@ -48,6 +48,29 @@ OnLog = Callable[[Mapping[str, Any]], None]
 _log = logging.getLogger("clipdistill")
 
 
+class ExtraLoss(Protocol):
+    """A loss of its own beside the objective, of inner blocks or of a task."""
+
+    @property
+    def learned(self) -> nn.Module:
+        """What it trains with the student and leaves behind: its parameters are optimised and checkpointed."""
+        ...
+
+    def watching(self, student: DualEncoder) -> AbstractContextManager[object]:
+        """A block in which the student trains: hooks are set at its beginning, and gone at its end."""
+        ...
+
+    def terms(self, student: DualEncoder, batch: Batch, embedded: Embeddings) -> Iterator[ExtraTerm]:
+        """The terms of a batch, right after the student embedded it.
+
+        Args:
+            student: The student.
+            batch: On the student's device; what else is known of its rows is in its facts.
+            embedded: The student's unit rows of the batch.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
     """The live objects of one call of :func:`distill`."""
@@ -60,6 +83,7 @@ class _Run:
     state: TrainingState
     folder: TrainingFolder
     on_eval: OnEval | None
+    extras: tuple[ExtraLoss, ...]
     frozen_norms: list[nn.Module]
     statistics: list[Tensor]
     device: torch.device
@@ -92,6 +116,8 @@ def distill(
     resume: bool = True,
     fingerprint: str = "",
     on_log: OnLog | None = None,
+    extras: Sequence[ExtraLoss] = (),
+    facts: Sequence[RowFacts] = (),
 ) -> DualEncoder:
     """Train a student from a teacher's stored embeddings.
 
@@ -108,6 +134,8 @@ def distill(
         resume: Go on from the folder's newest checkpoint; otherwise what an earlier training left there is removed.
         fingerprint: Of everything that decides the run; a checkpoint with another one is refused.
         on_log: Called with each line of the metrics.
+        extras: Further losses; what they learn is trained too.
+        facts: What the batches tell those of their rows.
 
     Returns:
         The student with its best weights by ``score`` (of equal ones the earliest), or its last without ``on_eval``.
@@ -119,17 +147,22 @@ def distill(
     """
     folder = None if folder is None else Path(folder)
     device = numerics.choose_device(train.device)
-    with numerics.reproducible(device, train.threads), frozen(student.model, train.freeze) as norms:
-        state = _new_state(student, objective, train, device)
+    with ExitStack() as stack:
+        stack.enter_context(numerics.reproducible(device, train.threads))
+        norms = stack.enter_context(frozen(student.model, train.freeze))
+        state = _new_state(student, objective, extras, train, device)
+        for one in extras:
+            stack.enter_context(one.watching(student))
         run = _Run(
             student=student,
             objective=objective,
             train=train,
             seed=seed,
-            maker=_new_maker(student, cache, data, train, seed),
+            maker=_new_maker(student, cache, data, train, seed, facts),
             state=state,
             folder=TrainingFolder(folder, fingerprint),
             on_eval=on_eval,
+            extras=tuple(extras),
             frozen_norms=norms,
             statistics=[value for part in student.module.modules() for value in _statistics(part)],
             device=device,
@@ -209,7 +242,9 @@ def _losses(run: _Run, batch: Batch) -> LossTerms:
     own = Embeddings(images, texts)
     projected = Embeddings(student.to_teacher(own.images, "image"), student.to_teacher(own.texts, "text"))
     teacher = Embeddings(batch.teacher_images, batch.teacher_texts)
-    terms: LossTerms = run.objective(own, projected, Targets(teacher, batch.positives, batch.pairs))
+    extra = [term for one in run.extras for term in one.terms(student, batch, own)]
+    targets = Targets(teacher, batch.positives, batch.pairs)
+    terms: LossTerms = run.objective(own, projected, targets, extra=extra)
     return terms
 
 
@@ -338,21 +373,37 @@ def _check(run: _Run) -> None:
 
 
 def _new_maker(
-    student: DualEncoder, cache: TeacherRows, data: TrainingData, train: TrainConfig, seed: int
+    student: DualEncoder,
+    cache: TeacherRows,
+    data: TrainingData,
+    train: TrainConfig,
+    seed: int,
+    facts: Sequence[RowFacts],
 ) -> BatchMaker:
-    keep_bytes = 0 if train.workers else KEPT_BYTES
-    preprocess, tokenizer, max_pixels = student.preprocess, student.tokenizer, student.max_pixels
-    return BatchMaker(preprocess, tokenizer, cache, data, train, seed, max_pixels=max_pixels, keep_bytes=keep_bytes)
+    return BatchMaker(
+        student.preprocess,
+        student.tokenizer,
+        cache,
+        data,
+        train,
+        seed,
+        max_pixels=student.max_pixels,
+        keep_bytes=0 if train.workers else KEPT_BYTES,
+        facts=facts,
+    )
 
 
-def _new_state(student: DualEncoder, objective: Objective, train: TrainConfig, device: torch.device) -> TrainingState:
+def _new_state(
+    student: DualEncoder, objective: Objective, extras: Sequence[ExtraLoss], train: TrainConfig, device: torch.device
+) -> TrainingState:
     module = student.to(device).module
     student.set_scale(objective.scale(), objective.bias())  # now, as it may add a bias to the student's tensors
-    parameters = trained_parameters(module, objective.to(device))
+    learned = nn.ModuleList([objective, *(one.learned for one in extras)]) if extras else objective
+    parameters = trained_parameters(module, learned.to(device))
     precision = numerics.choose_precision(train.precision, device)
     return TrainingState(
         module=module,
-        objective=objective,
+        objective=learned,
         optimizer=build_optimizer(parameters, train),
         names={value: name for name, value in parameters.items()},
         scaler=numerics.gradient_scaler(precision, device),
