@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from clipdistill.cache.store import KIND, REMEDY, VERSION, Half, TeacherCache, Views, image_folder
+from clipdistill.cache.store import KIND, REMEDY, VERSION, Dtype, TeacherCache, Views, image_folder
 from clipdistill.core import files, fingerprint, manifest
 from clipdistill.core.errors import MismatchError
 from clipdistill.core.progress import Advance, progress
@@ -77,6 +77,7 @@ def fill(
     views: Views | None = None,
     shard_rows: int = 4096,
     batch: int = 64,
+    dtype: Dtype = "float16",
 ) -> TeacherCache:
     """Embed every picture in every view, and every unique text once; go on where a killed run stopped.
 
@@ -88,6 +89,7 @@ def fill(
         views: How the views are drawn; none = the whole pictures alone.
         shard_rows: Pictures or texts a shard. The bytes that are written depend on it and on ``batch``.
         batch: Pictures a forward pass.
+        dtype: The precision of the stored rows.
 
     Returns:
         The finished cache.
@@ -99,22 +101,22 @@ def fill(
     drawn = views or Views()
     pictures = [pair for pair in pairs if pair.picture is not None]
     words = list(dict.fromkeys([*(text for pair in pairs for text in pair.captions), *texts]))
-    plan = _plan(teacher, pictures, words, drawn, shard_rows, batch)
+    plan = _plan(teacher, pictures, words, drawn, shard_rows, batch, dtype)
     if (folder / manifest.NAME).exists():
         _check_plan(folder, TeacherCache.open(folder, verify=False).facts["plan"], plan)
         _tidy(folder)
         return TeacherCache.open(folder)
     _begin(folder, plan)
     started = time.monotonic()
-    rejected = _fill_pictures(folder, teacher, pictures, drawn, shard_rows, batch)
-    _fill_texts(folder, teacher, words, shard_rows)
+    rejected = _fill_pictures(folder, teacher, pictures, drawn, shard_rows, batch, dtype)
+    _fill_texts(folder, teacher, words, shard_rows, dtype)
     facts = {
         "plan": plan,
         "teacher": {"name": teacher.name, "fingerprint": teacher.fingerprint, "parts": teacher.parts},
         "logit_scale": teacher.scale,
         "logit_bias": teacher.bias,
         "dim": teacher.dim,
-        "dtype": "float16",
+        "dtype": dtype,
         "views": drawn.to_json(),
         "pictures": len(pictures) - len(rejected),
         "texts": len(words),
@@ -129,13 +131,19 @@ def fill(
     return TeacherCache.open(folder, verify=False)
 
 
-def planned_bytes(pictures: int, texts: int, dim: int, views: int) -> int:
-    """The size in bytes of the embeddings that a cache will hold: float16 rows."""
-    return 2 * dim * (pictures * views + texts)
+def planned_bytes(pictures: int, texts: int, dim: int, views: int, dtype: Dtype = "float16") -> int:
+    """The size in bytes of the embeddings that a cache will hold."""
+    return np.dtype(dtype).itemsize * dim * (pictures * views + texts)
 
 
 def _plan(
-    teacher: FillingTeacher, pictures: Sequence[Pair], words: Sequence[str], views: Views, shard_rows: int, batch: int
+    teacher: FillingTeacher,
+    pictures: Sequence[Pair],
+    words: Sequence[str],
+    views: Views,
+    shard_rows: int,
+    batch: int,
+    dtype: Dtype,
 ) -> dict[str, Any]:
     return {
         "teacher": teacher.fingerprint,
@@ -144,10 +152,12 @@ def _plan(
         "views": views.to_json(),
         "shard_rows": shard_rows,
         "batch": batch,
+        "dtype": dtype,
     }
 
 
 def _check_plan(folder: Path, found: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    found = {"dtype": "float16", **found}  # all rows were, before there was a choice
     for field, value in plan.items():
         if found.get(field) != value:
             raise MismatchError(str(folder), f"plan.{field}", value, found.get(field), REMEDY)
@@ -200,7 +210,13 @@ def _note(folder: Path, note: Path, names: Sequence[str], rejected: Sequence[Rej
 
 
 def _fill_pictures(
-    folder: Path, teacher: FillingTeacher, pictures: Sequence[Pair], views: Views, shard_rows: int, batch: int
+    folder: Path,
+    teacher: FillingTeacher,
+    pictures: Sequence[Pair],
+    views: Views,
+    shard_rows: int,
+    batch: int,
+    dtype: Dtype,
 ) -> list[Rejection]:
     rejected: list[Rejection] = []
     with progress("teacher, pictures", len(pictures), "pictures") as advance:
@@ -208,7 +224,7 @@ def _fill_pictures(
             note = folder / "shards" / f"pictures_{name}.json"
             done = _finished(folder, note)
             if done is None:
-                done = _picture_shard(folder, note, name, teacher, pictures[start:end], views, batch, advance)
+                done = _picture_shard(folder, note, name, teacher, pictures[start:end], views, batch, dtype, advance)
             else:
                 advance(end - start)
             rejected += [Rejection(**row) for row in done["rejected"]]
@@ -223,6 +239,7 @@ def _picture_shard(
     pictures: Sequence[Pair],
     views: Views,
     batch: int,
+    dtype: Dtype,
     advance: Advance,
 ) -> dict[str, Any]:
     rows: list[list[Vectors]] = [[] for _ in range(views.count)]
@@ -236,7 +253,7 @@ def _picture_shard(
         advance(min(batch, len(pictures) - start))
     names = [f"{image_folder(number)}/img_emb_{name}.npy" for number in range(views.count)]
     for path, parts in zip(names, rows, strict=True):
-        _write_rows(folder / path, parts, teacher.dim)
+        _write_rows(folder / path, parts, teacher.dim, dtype)
     names.append(f"metadata/metadata_{name}.parquet")
     _write_table(folder / names[-1], table)
     return _note(folder, note, names, rejected)
@@ -265,14 +282,14 @@ def _decoded(
     return kept, images
 
 
-def _fill_texts(folder: Path, teacher: FillingTeacher, words: Sequence[str], shard_rows: int) -> None:
+def _fill_texts(folder: Path, teacher: FillingTeacher, words: Sequence[str], shard_rows: int, dtype: Dtype) -> None:
     with progress("teacher, texts", len(words), "texts") as advance:
         for name, start, end in _shards(len(words), shard_rows):
             note = folder / "shards" / f"texts_{name}.json"
             if _finished(folder, note) is None:
                 part = words[start:end]
                 names = [f"text_emb/text_emb_{name}.npy", f"texts/texts_{name}.parquet"]
-                _write_rows(folder / names[0], [_encode_by_length(teacher, part)], teacher.dim)
+                _write_rows(folder / names[0], [_encode_by_length(teacher, part)], teacher.dim, dtype)
                 _write_table(folder / names[1], {"text": list(part)})
                 _note(folder, note, names)
             advance(end - start)
@@ -287,8 +304,8 @@ def _encode_by_length(teacher: FillingTeacher, texts: Sequence[str]) -> Vectors:
     return out
 
 
-def _write_rows(path: Path, parts: Sequence[Vectors], dim: int) -> None:
-    rows: Half = (np.concatenate(parts) if parts else np.zeros((0, dim))).astype(np.float16)
+def _write_rows(path: Path, parts: Sequence[Vectors], dim: int, dtype: Dtype) -> None:
+    rows = (np.concatenate(parts) if parts else np.zeros((0, dim))).astype(dtype)
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
     files.write_bytes(path, buffer.getvalue())

@@ -1,9 +1,9 @@
 """The teacher's embeddings, computed once and kept with proof of what made them.
 
-The folder has clip-retrieval's layout, so its tools and autofaiss can read it: ``img_emb/img_emb_0.npy`` (float16, one
-row a picture) beside ``metadata/metadata_0.parquet`` (the same rows). A picture may have several captions, so the
-texts are a list of their own: ``text_emb/text_emb_0.npy`` beside ``texts/texts_0.parquet``, each unique text once.
-Further views of the pictures lie in ``img_emb_view1/`` and so on. ``manifest.json`` is written last.
+The folder has clip-retrieval's layout, so its tools and autofaiss can read it: ``img_emb/img_emb_0.npy`` (float16 or
+float32, one row a picture) beside ``metadata/metadata_0.parquet`` (the same rows). A picture may have several captions,
+so the texts are a list of their own: ``text_emb/text_emb_0.npy`` beside ``texts/texts_0.parquet``, each unique text
+once. Further views of the pictures lie in ``img_emb_view1/`` and so on. ``manifest.json`` is written last.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from clipdistill.towers.encoder import Vectors
 KIND, VERSION = "teacher-cache", 1
 REMEDY = "Use another cache.folder, or build it again with --force."
 _ADOPTED_REMEDY = "Add the rows to the embeddings folder, or take them out of the data."
-Half = npt.NDArray[np.float16]
+Dtype = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,12 @@ class ProbedTeacher(Protocol):
 
 
 class Rows:
-    """float16 rows spread over several memory-mapped ``.npy`` files, read by row number."""
+    """float16 or float32 rows spread over several memory-mapped ``.npy`` files, read by row number."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._parts: list[Half] = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
+        self._parts: list[npt.NDArray[np.floating]] = [
+            np.load(path, mmap_mode="r", allow_pickle=False) for path in paths
+        ]
         self._ends = np.cumsum([len(part) for part in self._parts]) if paths else np.zeros(0, np.int64)
 
     def __len__(self) -> int:
@@ -84,8 +86,13 @@ class Rows:
         """The width of a row; 0 where there are no files."""
         return int(self._parts[0].shape[1]) if self._parts else 0
 
+    @property
+    def dtype(self) -> str:
+        """The precision of the rows as they are stored; float32 where there are no files."""
+        return str(self._parts[0].dtype) if self._parts else "float32"
+
     def take(self, rows: npt.NDArray[np.int64]) -> Vectors:
-        """The rows with these numbers as float32 [rows, dim], made unit again after float16's rounding."""
+        """The rows with these numbers as float32 [rows, dim], made unit again after the rounding."""
         out = np.empty((len(rows), self.dim), np.float32)
         part_of = np.searchsorted(self._ends, rows, side="right")
         for part in np.unique(part_of):
@@ -166,6 +173,11 @@ class TeacherCache:
     def views(self) -> int:
         """How many views of each picture are stored."""
         return len(self._images)
+
+    @property
+    def dtype(self) -> str:
+        """The precision of the stored rows: ``float16`` or ``float32``."""
+        return (self._images[0] if self._images and len(self._images[0]) else self._texts).dtype
 
     @property
     def fingerprint(self) -> str:
@@ -252,6 +264,16 @@ class TeacherCache:
         for name, value in wanted.items():
             if found[name] != value and not (wanted["count"] == found["count"] == 1):
                 raise MismatchError(str(self.folder), f"views.{name}", value, found[name], REMEDY)
+
+    def check_dtype(self, dtype: Dtype) -> None:
+        """Refuse a cache whose rows are stored in another precision.
+
+        Raises:
+            MismatchError: Naming both precisions.
+        """
+        if self.dtype != dtype:
+            remedy = f'Set cache.dtype = "{self.dtype}", or: {REMEDY}'
+            raise MismatchError(str(self.folder), "cache.dtype", dtype, self.dtype, remedy)
 
     def check_data(self, pairs: Sequence[Pair], texts: Sequence[str]) -> None:
         """Refuse a cache that lacks rows of the data, or whose pictures have changed since.

@@ -157,6 +157,7 @@ def open_cache(
         cache = TeacherCache.open(folder)
         cache.check_teacher(teacher)
         cache.check_views(views)
+        cache.check_dtype(config.cache.dtype)
         cache.check_data(data.pairs, data.texts)
         least = cache.probe(teacher, data.pairs, rows=config.cache.probe_rows, cosine=config.cache.probe_cosine)
         _log.info("teacher cache: %s, kept; least cosine with the live teacher %.6f", folder, least)
@@ -169,6 +170,7 @@ def open_cache(
             views=views,
             shard_rows=config.cache.shard_rows,
             batch=config.teacher.batch,
+            dtype=config.cache.dtype,
         )
     refused = {row.key for row in cache.rejected}
     kept = data.without(refused)

@@ -51,7 +51,7 @@ def cost(workspace: Workspace, data: RunData) -> dict[str, Any]:
         "device": str(teacher.device),
         **passes,
         **measured,
-        "cache_bytes": planned_bytes(len(pictures), len(texts), teacher.dim, config.cache.views),
+        "cache_bytes": planned_bytes(len(pictures), len(texts), teacher.dim, config.cache.views, config.cache.dtype),
         "estimated_seconds": seconds,
         "estimated_hours": seconds / 3600,
         "cached_already": stored,

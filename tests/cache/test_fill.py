@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from clipdistill.cache import TeacherCache, Views, fill
+from clipdistill.cache.fill import planned_bytes
 from clipdistill.core.errors import DataError, MismatchError
 from clipdistill.data.pictures import decode
 from clipdistill.data.records import Pair, Picture
@@ -173,3 +174,39 @@ def test_a_half_filled_folder_of_other_inputs_is_refused(teacher, rows, tmp_path
         fill(tmp_path / "c", teacher, rows[:-1])
     with pytest.raises(MismatchError, match=r"plan\.views"):
         fill(tmp_path / "c", teacher, rows, views=VIEWS)
+
+
+def test_float32_rows_are_the_teachers_to_the_last_bit(teacher, rows, tmp_path):
+    cache = fill(tmp_path, teacher, rows, views=VIEWS, shard_rows=8, batch=20, dtype="float32")
+    assert cache.dtype == TeacherCache.open(tmp_path).dtype == "float32"
+    assert json.loads((tmp_path / "manifest.json").read_text())["dtype"] == "float32"
+    stored = [np.load(tmp_path / f"img_emb/img_emb_{number}.npy") for number in range(3)]
+    pictures = [decode(pair.picture.data, 10**6, "") for pair in rows]
+    wanted = [teacher.encode_decoded(pictures[start : start + 8]) for start in (0, 8, 16)]
+    np.testing.assert_array_equal(np.concatenate(stored), np.concatenate(wanted))
+    held = [*tmp_path.glob("img_emb*/*.npy"), *tmp_path.glob("text_emb/*.npy")]
+    headers = 128 * len(held)
+    planned = planned_bytes(20, 40, teacher.dim, 2, "float32")
+    assert sum(path.stat().st_size for path in held) - headers == planned == 2 * planned_bytes(20, 40, teacher.dim, 2)
+
+
+def test_a_cache_in_another_precision_is_refused_finished_or_not(teacher, rows, tmp_path):
+    fill(tmp_path / "whole", teacher, rows)
+    with pytest.raises(MismatchError, match=r"plan\.dtype does not match: expected float32, found float16"):
+        fill(tmp_path / "whole", teacher, rows, dtype="float32")
+    (tmp_path / "half").mkdir()
+    plan = json.loads((tmp_path / "whole/manifest.json").read_text())["plan"]
+    (tmp_path / "half/plan.json").write_text(json.dumps(plan))
+    with pytest.raises(MismatchError, match=r"plan\.dtype"):
+        fill(tmp_path / "half", teacher, rows, dtype="float32")
+
+
+def test_a_cache_from_before_there_was_a_choice_of_precision_is_float16(teacher, rows, tmp_path):
+    made = fill(tmp_path, teacher, rows)
+    path = tmp_path / "manifest.json"
+    facts = json.loads(path.read_text())
+    del facts["plan"]["dtype"]
+    path.write_text(json.dumps(facts))
+    assert fill(tmp_path, teacher, rows).fingerprint == made.fingerprint
+    with pytest.raises(MismatchError, match=r"plan\.dtype"):
+        fill(tmp_path, teacher, rows, dtype="float32")

@@ -67,6 +67,12 @@ def test_other_views_are_refused(cache):
         cache.check_views(Views(count=3))
 
 
+def test_another_precision_is_refused_with_both_named(cache):
+    cache.check_dtype("float16")
+    with pytest.raises(MismatchError, match=r"cache\.dtype does not match: expected float32, found float16"):
+        cache.check_dtype("float32")
+
+
 def test_changed_data_are_refused(cache):
     rows = tiny.pairs(12)
     cache.check_data(rows, [])

@@ -110,3 +110,13 @@ def test_a_stage_is_done_only_for_its_own_inputs(workspace):
     assert artefact.exists()
     assert not workspace.is_done("train", {"seed": 2}, artefact, force=True)
     assert not artefact.exists()
+
+
+def test_a_stored_cache_of_another_precision_is_refused(workspace):
+    data, teacher = load_data(workspace), open_teacher(workspace.config)
+    fine = changed(workspace, cache={"dtype": "float32"})
+    cache, _ = open_cache(fine, data, teacher)
+    assert cache.dtype == "float32"
+    assert open_cache(fine, data, teacher)[0].fingerprint == cache.fingerprint
+    with pytest.raises(MismatchError, match=r"cache\.dtype does not match: expected float16, found float32"):
+        open_cache(workspace, data, teacher)
