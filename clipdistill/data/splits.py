@@ -14,6 +14,7 @@ from clipdistill.data.sources import Source
 
 By = Literal["key", "caption", "picture"]
 REMAINDER = "train"
+_SHARED = "data.fraction"
 
 
 def split_by_hash(
@@ -57,6 +58,21 @@ def split_source(source: Source, shares: Mapping[str, float], by: By, seed_text:
         )
         for name, mine in rows.items()
     }
+
+
+def share_of_source(source: Source, share: float) -> Source:
+    """The rows of a source whose key's SHA-256 lies in the first ``share`` of all hashes, in their order.
+
+    Which rows they are follows from their keys alone, so every smaller share is a part of every larger one. The hash
+    is not that of :func:`split_source`: the rows that a hold-out left are shared out evenly all the same.
+
+    Args:
+        source: The rows; their rejections are kept, as a refused row has no part in this.
+        share: Above 0 and up to 1.
+    """
+    rows = [row for row, pair in enumerate(source.pairs) if share >= 1 or _unit(_field(pair, "key"), _SHARED) < share]
+    pairs, weights = tuple(source.pairs[row] for row in rows), tuple(source.weights[row] for row in rows)
+    return Source(pairs, weights, source.rejected)
 
 
 def _parts(pairs: Sequence[Pair], shares: Mapping[str, float], by: By, seed_text: str) -> list[str]:

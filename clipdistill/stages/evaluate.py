@@ -99,7 +99,8 @@ def _counts(data: RunData) -> dict[str, Any]:
         name: {"pictures": len(source), "texts": len({text for pair in source.pairs for text in pair.captions})}
         for name, source in data.sets.items()
     }
-    return {"sets": sets, "images": len(data.images), "texts": len(data.texts), "rejected": len(data.rejected)}
+    rest = {"images": len(data.images), "texts": len(data.texts), "rejected": len(data.rejected), "unused": data.unused}
+    return {"sets": sets, **rest}
 
 
 def _sizes(student: DualEncoder, teacher: Teacher | None, cache: TeacherCache) -> dict[str, Any]:

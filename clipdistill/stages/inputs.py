@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clipdistill.cache import TeacherCache, Views, adopt, fill
 from clipdistill.config import RunConfig, Sources
 from clipdistill.core import fingerprint
+from clipdistill.core.errors import ConfigError
 from clipdistill.data.records import Pair, Rejection
 from clipdistill.data.sources import Source, SourceSpec, check_rejections, load_source, write_rejections
-from clipdistill.data.splits import split_source
+from clipdistill.data.splits import share_of_source, split_source
 from clipdistill.stages.workspace import Workspace
 from clipdistill.towers.teacher import Teacher, load_teacher, name_faults
 
@@ -30,12 +31,18 @@ class RunData:
         images: Unpaired pictures.
         texts: Unpaired texts.
         rejected: The rows that were refused, with reasons.
+        image_weights: How often each unpaired picture is drawn, by its source; empty = equally often.
+        text_weights: The same of the unpaired texts.
+        unused: How many rows of ``train`` are left out by ``data.fraction``.
     """
 
     sets: Mapping[str, Source]
     images: tuple[Pair, ...]
     texts: tuple[str, ...]
     rejected: tuple[Rejection, ...]
+    image_weights: tuple[float, ...] = ()
+    text_weights: tuple[float, ...] = ()
+    unused: int = 0
 
     @property
     def pairs(self) -> list[Pair]:
@@ -44,17 +51,22 @@ class RunData:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all rows."""
+        """SHA-256 of all rows, and of how often those of training are drawn where that is not equally often."""
         parts = {name: source.fingerprint for name, source in self.sets.items()}
         extra = fingerprint.of_lines([*(pair.key for pair in self.images), "", *self.texts])
-        return fingerprint.of_value([parts, extra])
+        drawn = [self.sets["train"].weights if "train" in self.sets else (), self.image_weights, self.text_weights]
+        weights = [list(values) for values in drawn] if len({value for part in drawn for value in part}) > 1 else []
+        return fingerprint.of_value([parts, extra, *weights])
 
     def without(self, refused: set[str]) -> RunData:
         """The same data without the rows of these keys."""
         if not refused:
             return self
         kept = {name: _without(source, refused) for name, source in self.sets.items()}
-        return RunData(kept, tuple(p for p in self.images if p.key not in refused), self.texts, self.rejected)
+        left = [row for row, pair in enumerate(self.images) if pair.key not in refused]
+        images = tuple(self.images[row] for row in left)
+        weights = tuple(self.image_weights[row] for row in left) if self.image_weights else ()
+        return replace(self, sets=kept, images=images, image_weights=weights)
 
 
 def name_checks(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
@@ -86,16 +98,20 @@ def load_data(workspace: Workspace, *, limit: bool = True) -> RunData:
         DataError: If more rows are refused than ``data.max_rejected`` allows, or a source cannot be read.
     """
     config, taken = workspace.config, set[str]()
-    sets = _load_sets(config, taken)
+    sets, unused = _load_sets(config, taken)
     images = _load(config, config.data.images, "images", taken) if config.data.images else None
     texts = _load(config, config.data.texts, "texts", taken) if config.data.texts else None
     sources = [*sets.values(), *(source for source in (images, texts) if source is not None)]
     rejected = tuple(row for source in sources for row in source.rejected)
+    words = _weighted_texts(texts) if texts else {}
     data = RunData(
         sets,
         images.pairs if images else (),
-        tuple(dict.fromkeys(text for pair in texts.pairs for text in pair.captions)) if texts else (),
+        tuple(words),
         rejected,
+        images.weights if images else (),
+        tuple(words.values()),
+        unused,
     )
     write_rejections(workspace.rejected, rejected)
     if limit:
@@ -109,7 +125,8 @@ def check_limit(workspace: Workspace, data: RunData, rejected: tuple[Rejection, 
     Raises:
         DataError: If they are more than ``data.max_rejected`` allows.
     """
-    total = sum(len(source) for source in data.sets.values()) + len(data.images) + len(data.texts) + len(rejected)
+    read = sum(len(source) for source in data.sets.values()) + data.unused
+    total = read + len(data.images) + len(data.texts) + len(rejected)
     if rejected:
         _log.warning("%d of %d rows were refused: see %s", len(rejected), total, workspace.rejected)
     check_rejections(len(rejected), total, workspace.config.data.max_rejected, str(workspace.rejected), rejected)
@@ -181,6 +198,28 @@ def open_cache(
     return cache, kept
 
 
+def stored_cache(workspace: Workspace, data: RunData, teacher: Teacher | None) -> TeacherCache | None:
+    """The teacher's embeddings of all data as far as they are there already; None where they were never stored.
+
+    Args:
+        workspace: The run.
+        data: Its rows.
+        teacher: The live teacher; None only where embeddings are adopted.
+
+    Raises:
+        DataError: If they cannot be read.
+        MismatchError: If they are of another teacher or lack rows of the data.
+    """
+    if teacher is None:
+        return _adopted(workspace, data)
+    if not (workspace.cache / "manifest.json").exists():
+        return None
+    cache = TeacherCache.open(workspace.cache)
+    cache.check_teacher(teacher)
+    cache.check_data(data.pairs, data.texts)
+    return cache
+
+
 def _adopted(workspace: Workspace, data: RunData) -> TeacherCache:
     teacher = workspace.config.teacher
     cache = adopt(
@@ -209,17 +248,37 @@ def _load(config: RunConfig, sources: Sources, kind: Any, taken: set[str]) -> So
     return load_source(specs, base=Path(), max_pixels=config.data.max_pixels, kind=kind, taken=taken)
 
 
-def _load_sets(config: RunConfig, taken: set[str]) -> dict[str, Source]:
+def _weighted_texts(source: Source) -> dict[str, float]:
+    """Each text once with its weight: the largest, where several rows hold it."""
+    weights: dict[str, float] = {}
+    for pair, weight in zip(source.pairs, source.weights, strict=True):
+        for text in pair.captions:
+            weights[text] = max(weight, weights.get(text, 0.0))
+    return weights
+
+
+def _load_sets(config: RunConfig, taken: set[str]) -> tuple[dict[str, Source], int]:
+    """The sets by name, and how many rows of ``train`` its fraction leaves out.
+
+    Raises:
+        ConfigError: If ``data.fraction`` leaves no row at all.
+    """
     data, held = config.data, config.data.hold_out
     sets = {"train": _load(config, data.train, "pairs", taken)} if data.train else {}
     if data.train and held.val + held.test > 0:
         parts = split_source(sets["train"], {"val": held.val, "test": held.test}, held.by, str(config.seed))
         sets |= {name: part for name, part in parts.items() if name == "train" or len(part)}
+    whole = len(sets.get("train", ()))
+    if whole:
+        sets["train"] = share_of_source(sets["train"], data.fraction)
+        if not len(sets["train"]):
+            raise ConfigError(f"data.fraction: {data.fraction:g} of {whole} training rows leaves none; give more")
+    unused = whole - len(sets.get("train", ()))
     if data.val:
         sets["val"] = _load(config, data.val, "pairs", taken)
     for name, sources in data.test.items():
         sets[name] = _load(config, sources, "pairs", taken)
-    return sets
+    return sets, unused
 
 
 def _without(source: Source, refused: set[str]) -> Source:

@@ -118,10 +118,10 @@ def training_data(config: RunConfig, data: RunData) -> TrainingData:
     """The rows that the loop draws from."""
     source = data.sets.get("train")
     if source is None:
-        return TrainingData((), (), data.images, data.texts)
+        return TrainingData((), (), data.images, data.texts, data.image_weights, data.text_weights)
     if config.train.batch and not len(source):
         raise ConfigError("data.train: no rows are left to train on")
-    return TrainingData(source.pairs, source.weights, data.images, data.texts)
+    return TrainingData(source.pairs, source.weights, data.images, data.texts, data.image_weights, data.text_weights)
 
 
 def validation(data: RunData, cache: TeacherCache) -> Callable[[Any, int], Mapping[str, float]] | None:

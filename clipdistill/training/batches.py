@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, Protocol, TypeVar, final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ KEPT_BYTES = 512 << 20
 _KEPT_TEXTS = 1 << 20
 
 Vectors = npt.NDArray[np.float32]
+Row = TypeVar("Row")
 
 
 class TeacherRows(Protocol):
@@ -84,12 +85,16 @@ class TrainingData:
         weights: How often each pair is drawn against the others; empty = equally often.
         images: Further pictures; their captions are not used.
         texts: Further texts.
+        image_weights: How often each further picture is drawn against the others and the pairs; empty = as 1.0.
+        text_weights: The same of the further texts.
     """
 
     pairs: tuple[Pair, ...]
     weights: tuple[float, ...] = ()
     images: tuple[Pair, ...] = ()
     texts: tuple[str, ...] = ()
+    image_weights: tuple[float, ...] = ()
+    text_weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +145,17 @@ class BatchMaker:
         self._tokenizer = tokenizer
         self._tokens: dict[str, npt.NDArray[np.int32]] = {}
         self._pairs = data.pairs
-        self._images = _unique_pictures(data) if train.batch_images else []
-        self._texts = _unique_texts(data) if train.batch_texts else []
-        sizes = {
-            "batch": (train.batch, len(data.pairs)),
-            "batch_images": (train.batch_images, len(self._images)),
-            "batch_texts": (train.batch_texts, len(self._texts)),
+        images = _weighted_pictures(data) if train.batch_images else {}
+        texts = _weighted_texts(data) if train.batch_texts else {}
+        self._images, self._texts = [pair for pair, _ in images.values()], list(texts)
+        kinds: dict[str, tuple[int, int, Sequence[float]]] = {
+            "batch": (train.batch, len(data.pairs), data.weights),
+            "batch_images": (train.batch_images, len(images), [weight for _, weight in images.values()]),
+            "batch_texts": (train.batch_texts, len(texts), list(texts.values())),
         }
         self._streams = {
-            name: Stream(name, rows, batch, seed, data.weights if name == "batch" else ())
-            for name, (batch, rows) in sizes.items()
+            name: Stream(name, rows, batch, seed, weights)
+            for name, (batch, rows, weights) in kinds.items()
             if _wanted(name, batch, rows)
         }
 
@@ -278,12 +284,25 @@ def _positives(pairs: Sequence[Pair], texts: Sequence[str]) -> Tensor:
     return torch.from_numpy(positives)
 
 
-def _unique_pictures(data: TrainingData) -> list[Pair]:
-    return list({pair.key: pair for pair in (*data.images, *data.pairs)}.values())
+def _weighted_pictures(data: TrainingData) -> dict[str, tuple[Pair, float]]:
+    """Each picture once, by its key, with its weight: the largest, where several rows hold it."""
+    pictures: dict[str, tuple[Pair, float]] = {}
+    for pair, weight in (*_weighted(data.images, data.image_weights), *_weighted(data.pairs, data.weights)):
+        pictures[pair.key] = (pair, max(weight, pictures[pair.key][1] if pair.key in pictures else 0.0))
+    return pictures
 
 
-def _unique_texts(data: TrainingData) -> list[str]:
-    return sorted({*data.texts, *(text for pair in data.pairs for text in pair.captions)})
+def _weighted_texts(data: TrainingData) -> dict[str, float]:
+    """Each text once, sorted, with its weight: the largest, where several rows hold it."""
+    texts: dict[str, float] = {}
+    captions = ((text, weight) for pair, weight in _weighted(data.pairs, data.weights) for text in pair.captions)
+    for text, weight in (*_weighted(data.texts, data.text_weights), *captions):
+        texts[text] = max(weight, texts.get(text, 0.0))
+    return dict(sorted(texts.items()))
+
+
+def _weighted(rows: Sequence[Row], weights: Sequence[float]) -> Iterator[tuple[Row, float]]:
+    return zip(rows, weights or [1.0] * len(rows), strict=True)
 
 
 def _wanted(name: str, batch: int, rows: int) -> bool:
@@ -301,7 +320,13 @@ def _check(data: TrainingData) -> None:
             f"{len(holed)} training rows have no picture or no caption, the first {holed[0]!r}: "
             "give them as data.images or data.texts, or reject them"
         )
-    if data.weights and (len(data.weights) != len(data.pairs) or min(data.weights) <= 0):
-        raise DataError(
-            f"training data: {len(data.weights)} weights for {len(data.pairs)} pairs; one above 0 is needed for each"
-        )
+    kinds = (
+        ("pairs", data.weights, data.pairs),
+        ("pictures", data.image_weights, data.images),
+        ("texts", data.text_weights, data.texts),
+    )
+    for what, weights, rows in kinds:
+        if weights and (len(weights) != len(rows) or min(weights) <= 0):
+            raise DataError(
+                f"training data: {len(weights)} weights for {len(rows)} {what}; one above 0 is needed for each"
+            )

@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import random
 
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from clipdistill.core.errors import ConfigError, DataError
 from clipdistill.data.records import Pair, Picture, Rejection
 from clipdistill.data.sources import Source
-from clipdistill.data.splits import split_by_hash, split_source
+from clipdistill.data.splits import share_of_source, split_by_hash, split_source
 
 
 def pair(key, caption="", data=b""):
@@ -110,3 +111,28 @@ def test_weights_and_rejections_travel_with_a_source():
         assert list(parts[name].weights) == [float(PAIRS.index(row)) for row in rows]
     assert len(parts["train"].rejected) == 1
     assert parts["val"].rejected == ()
+
+
+def test_a_smaller_share_is_a_part_of_every_larger_one():
+    source = Source(tuple(PAIRS), tuple(float(number) for number in range(len(PAIRS))), (Rejection("x", "why", "o"),))
+    parts = {share: share_of_source(source, share) for share in (0.05, 0.3, 0.31, 1.0)}
+    assert parts[1.0] == source
+    sizes = {share: len(part) for share, part in parts.items()}
+    assert all(size == pytest.approx(4000 * share, abs=100) for share, size in sizes.items())
+    kept = [{pair.key for pair in part.pairs} for part in parts.values()]
+    assert all(smaller < larger for smaller, larger in itertools.pairwise(kept))
+    for part in parts.values():
+        assert part.rejected == source.rejected
+        assert all(source.pairs[int(weight)] == pair for pair, weight in zip(part.pairs, part.weights, strict=True))
+    inside = {
+        pair.key
+        for pair in PAIRS
+        if int(hashlib.sha256(b"data.fraction\0" + pair.key.encode()).hexdigest()[:16], 16) / 2**64 < 0.3
+    }
+    assert inside == kept[1]
+
+
+def test_a_share_is_drawn_afresh_from_what_a_hold_out_left():
+    source = Source(tuple(PAIRS), (1.0,) * len(PAIRS))
+    left = split_source(source, {"val": 0.5}, "key", "17")["train"]
+    assert len(share_of_source(left, 0.4)) == pytest.approx(0.4 * len(left), abs=80)

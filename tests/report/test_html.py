@@ -217,3 +217,9 @@ def test_a_report_of_another_schema_is_refused(report, metrics, pictures):
     report["evaluation"]["schema"] = "something/9"
     with pytest.raises(MismatchError, match="something/9"):
         rendered(report, metrics, pictures)
+
+
+def test_rows_that_a_fraction_leaves_out_are_counted(whole_report, whole_metrics, whole_pictures, text):
+    report = {**whole_report, "data": {**whole_report["data"], "unused": 4321}}
+    assert "4,321 of train unused (data.fraction)" in Page(render(report, whole_metrics, whole_pictures)).text()
+    assert "unused" not in Page(text).text()

@@ -3,9 +3,10 @@ import json
 import pytest
 import tiny
 
-from clipdistill.config import RunConfig
-from clipdistill.core.errors import DataError, MismatchError
+from clipdistill.config import RunConfig, SourceConfig
+from clipdistill.core.errors import ConfigError, DataError, MismatchError
 from clipdistill.stages.inputs import load_data, name_checks, open_cache, open_teacher
+from clipdistill.stages.train import training_data
 from clipdistill.stages.workspace import Workspace
 
 
@@ -120,3 +121,67 @@ def test_a_stored_cache_of_another_precision_is_refused(workspace):
     assert open_cache(fine, data, teacher)[0].fingerprint == cache.fingerprint
     with pytest.raises(MismatchError, match=r"cache\.dtype does not match: expected float16, found float32"):
         open_cache(workspace, data, teacher)
+
+
+def test_a_fraction_of_train_is_used_and_a_cache_of_all_rows_serves_it(workspace):
+    data = load_data(workspace)
+    teacher = open_teacher(workspace.config)
+    cache, _ = open_cache(workspace, data, teacher)
+    prints, before = {data.fingerprint}, set()
+    for fraction in (0.3, 0.6):
+        less = changed(workspace, data={"fraction": fraction})
+        part = load_data(less)
+        keys = {pair.key for pair in part.sets["train"].pairs}
+        assert before < keys < {pair.key for pair in data.sets["train"].pairs}
+        assert part.unused == 24 - len(keys)
+        assert len(part.sets["val"]) == 8
+        again, kept = open_cache(less, part, teacher)
+        assert again.fingerprint == cache.fingerprint
+        assert kept == part
+        prints.add(part.fingerprint)
+        before = keys
+    assert len(prints) == 3
+
+
+def test_a_cache_of_a_fraction_does_not_serve_more(workspace):
+    teacher = open_teacher(workspace.config)
+    less = changed(workspace, data={"fraction": 0.3})
+    open_cache(less, load_data(less), teacher)
+    with pytest.raises(MismatchError, match=r"data\.pictures does not match: expected rows for all 42"):
+        open_cache(workspace, load_data(workspace), teacher)
+
+
+def test_a_fraction_that_leaves_no_row_is_refused(workspace):
+    with pytest.raises(ConfigError, match=r"data\.fraction: 1e-09 of 24 training rows leaves none"):
+        load_data(changed(workspace, data={"fraction": 1e-9}))
+
+
+def test_refused_rows_are_a_share_of_all_that_were_read_whatever_the_fraction(workspace, tmp_path):
+    (tmp_path / "train" / "p003.txt").unlink()
+    data = load_data(changed(workspace, data={"fraction": 0.1, "max_rejected": 0.03}))
+    assert len(data.rejected) == 1
+    assert len(data.sets["train"]) < 10
+
+
+def test_weights_of_unpaired_sources_are_kept_and_decide_the_fingerprint(workspace, tmp_path):
+    (tmp_path / "words.csv").write_text("text\na cat\na dog\n")
+    (tmp_path / "more.csv").write_text("text\na dog\na cow\n")
+    tiny.image_folder(tmp_path / "few", 2, 60)
+    tiny.image_folder(tmp_path / "rest", 1, 65)
+
+    def loaded(weight):
+        texts = [
+            SourceConfig(path=str(tmp_path / name), weight=w) for name, w in (("words.csv", 1.0), ("more.csv", weight))
+        ]
+        images = [SourceConfig(path=str(tmp_path / name), weight=w) for name, w in (("few", 1.0), ("rest", weight))]
+        return load_data(changed(workspace, data={"texts": tuple(texts), "images": tuple(images)}))
+
+    data = loaded(3.0)
+    assert dict(zip(data.texts, data.text_weights, strict=True)) == {"a cat": 1.0, "a dog": 3.0, "a cow": 3.0}
+    assert data.image_weights == (1.0, 1.0, 3.0)
+    less = data.without({data.images[1].key})
+    assert (len(less.images), less.image_weights) == (2, (1.0, 3.0))
+    made = training_data(workspace.config, data)
+    assert (made.image_weights, made.text_weights) == (data.image_weights, data.text_weights)
+    assert data.fingerprint != loaded(1.0).fingerprint
+    assert data.fingerprint == loaded(3.0).fingerprint

@@ -253,6 +253,35 @@ def test_weights_reach_the_sampler():
     assert keys.count(PAIRS[0].key) == pytest.approx(60, abs=3)
 
 
+def test_weights_of_unpaired_rows_reach_the_sampler():
+    data = TrainingData(PAIRS[:2], (2.0, 2.0), IMAGES[:2], TEXTS[:2], (6.0, 2.0), (1.0, 5.0))
+    made = maker(data, batch=0, batch_images=6, batch_texts=6)
+    batches = [made.make_batch(step) for step in range(40)]
+    keys, texts = [key for batch in batches for key in batch.keys], [text for batch in batches for text in batch.texts]
+    captions = {text for pair in PAIRS[:2] for text in pair.captions}
+    for key, weight in {IMAGES[0].key: 6, IMAGES[1].key: 2, PAIRS[0].key: 2, PAIRS[1].key: 2}.items():
+        assert keys.count(key) == pytest.approx(240 * weight / 12, abs=3)
+    assert not captions & set(TEXTS[:2])
+    for text, weight in {TEXTS[0]: 1, TEXTS[1]: 5, **dict.fromkeys(captions, 2)}.items():
+        assert texts.count(text) == pytest.approx(240 * weight / (6 + 2 * len(captions)), abs=8)
+
+
+def test_a_row_of_several_sources_has_the_largest_of_its_weights():
+    twice = (PAIRS[0], IMAGES[0])
+    data = TrainingData(PAIRS[:1], (4.0,), twice, (*PAIRS[0].captions[:1], "alone"), (1.0, 1.0), (1.0, 4.0))
+    made = maker(data, batch=0, batch_images=5, batch_texts=len({*PAIRS[0].captions, "alone"}))
+    batches = [made.make_batch(step) for step in range(20)]
+    keys, texts = [key for batch in batches for key in batch.keys], [text for batch in batches for text in batch.texts]
+    assert keys.count(PAIRS[0].key) == pytest.approx(80, abs=2)
+    assert texts.count("alone") == texts.count(PAIRS[0].captions[0]) == 20
+
+
+@pytest.mark.parametrize("kind", ["image_weights", "text_weights"])
+def test_weights_of_unpaired_rows_must_be_one_above_zero_for_each(kind):
+    with pytest.raises(DataError, match="1 weights for"):
+        maker(TrainingData(PAIRS, (), IMAGES, TEXTS, **{kind: (1.0,)}))
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_parts_share_out_every_kind_of_rows(count):
     batch = maker(batch=6, batch_images=3, batch_texts=4).make_batch(0)
