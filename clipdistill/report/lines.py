@@ -67,11 +67,14 @@ def inspection_lines(found: Mapping[str, Any], rejected: Path) -> Iterator[str]:
     """
     for name, survey in found["sets"].items():
         yield from _survey_lines(name, survey)
+    if found["unused"]:
+        yield f"data.fraction leaves {found['unused']} more rows of train unused"
     extra = found["unpaired"]
     if extra["images"] or extra["texts"]:
         yield f"unpaired  {extra['images']} pictures, {extra['texts']} texts"
     if any(survey["rejected"] for survey in found["sets"].values()):
         yield f"all refused rows, with reasons: {rejected}"
+    yield from _coverage_lines(found["coverage"])
     yield from _cost_lines(found["cost"])
 
 
@@ -95,6 +98,32 @@ def _spread(values: Mapping[str, Any] | None, unit: str) -> str:
         return "unknown"
     median = f"{_number(values['median'])} {unit} (median)"
     return f"{median}, {_number(values['minimum'])} to {_number(values['maximum'])}, 95% up to {_number(values['p95'])}"
+
+
+def _coverage_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each set's pictures and texts, and a warning for each that training does not cover."""
+    origin = {"cache": "the teacher's cache", "embeddings": "the adopted embeddings", "sample": "a sample"}
+    if not found["from"]:
+        yield f"coverage: not measured: {found['note']}"
+        return
+    why = f" ({found['note']})" if found["note"] else ""
+    yield f"coverage by train in the teacher's space, from {origin[found['from']]}{why};"
+    yield "  distance = 1 - cosine to the nearest training row; effective rank = over how many directions rows spread:"
+    for kind in ("pictures", "texts"):
+        measured = {name: sides[kind] for name, sides in found["sets"].items() if kind in sides}
+        for row in list(measured.values())[:1]:
+            yield f"  {kind}, train itself: {_distances(row, 'own_')} ({row['rows']} rows)"
+        for name, row in measured.items():
+            yield f"  {kind}, {name}: {_distances(row, '')}; {row['far']:.0%} beyond train's own 95%"
+    for name, sides in found["sets"].items():
+        for kind, row in sides.items():
+            if row["faults"]:
+                yield f"  WARNING: train does not cover the {kind} of {name}: {'; '.join(row['faults'])}"
+
+
+def _distances(row: Mapping[str, Any], whose: str) -> str:
+    median, p90, rank = (row[f"{whose}{name}"] for name in ("median", "p90", "rank"))
+    return f"distance {median:.3f} (median), {p90:.3f} (90%); effective rank {rank:.0f}"
 
 
 def _cost_lines(cost: Mapping[str, Any]) -> Iterator[str]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from clipdistill.cache.fill import planned_bytes
-from clipdistill.core.errors import DataError
 from clipdistill.data.records import Picture
 from clipdistill.data.survey import survey
+from clipdistill.stages.coverage import coverage, readable
 from clipdistill.stages.inputs import RunData, open_teacher
 from clipdistill.stages.workspace import Workspace
 from clipdistill.towers.teacher import Teacher
@@ -25,19 +25,22 @@ def inspect(workspace: Workspace, data: RunData) -> dict[str, Any]:
         data: Its rows, loaded without a limit to the refused ones: an inspection is there to show them.
 
     Returns:
-        ``sets``: a survey by set name; ``unpaired``: counts; ``cost``: passes, bytes and estimated seconds.
+        ``sets``: a survey by set name; ``unpaired``: counts; ``unused``: rows of ``train`` that ``data.fraction``
+        leaves out; ``cost``: passes, bytes and estimated seconds; ``coverage``: how well ``train`` covers other sets.
     """
+    teacher = open_teacher(workspace.config)
     sets = {name: survey(source).to_json() for name, source in data.sets.items()}
     extra = {"images": len(data.images), "texts": len(data.texts)}
-    return {"sets": sets, "unpaired": extra, "cost": cost(workspace, data)}
+    price = cost(workspace, data, teacher)
+    covered = coverage(workspace, data, teacher, price.get("pictures_per_s", 0.0), price.get("texts_per_s", 0.0))
+    return {"sets": sets, "unpaired": extra, "unused": data.unused, "cost": price, "coverage": covered}
 
 
-def cost(workspace: Workspace, data: RunData) -> dict[str, Any]:
+def cost(workspace: Workspace, data: RunData, teacher: Teacher | None) -> dict[str, Any]:
     """What caching the teacher will take: passes, bytes, and seconds at the rate measured now on a few rows."""
     config = workspace.config
     texts = list(dict.fromkeys([*(text for pair in data.pairs for text in pair.captions), *data.texts]))
     pictures = [pair.picture for pair in data.pairs if pair.picture is not None]
-    teacher = open_teacher(config)
     if teacher is None:
         return {"teacher": config.teacher.embeddings, "picture_passes": 0, "text_passes": 0, "cache_bytes": 0}
     stored = (workspace.cache / "manifest.json").exists()
@@ -61,26 +64,12 @@ def cost(workspace: Workspace, data: RunData) -> dict[str, Any]:
 def _rates(teacher: Teacher, pictures: list[Picture], texts: list[str], batch: int) -> dict[str, float]:
     size = min(batch, _SAMPLE_PICTURES)
     step = max(1, len(pictures) // size)
-    sample = _readable(teacher, pictures[::step][:size])
+    sample = readable(teacher, pictures[::step][:size])
     words = texts[:: max(1, len(texts) // _SAMPLE_TEXTS)][:_SAMPLE_TEXTS]
     return {
         "pictures_per_s": _rate(lambda: teacher.encode_images(sample, batch=size), len(sample)),
         "texts_per_s": _rate(lambda: teacher.encode_texts(words), len(words)),
     }
-
-
-def _readable(teacher: Teacher, pictures: list[Picture]) -> list[Picture]:
-    """The pictures that decode: one bad row must not spoil an estimate; it is refused, with its reason, when cached."""
-    from clipdistill.data.pictures import decode
-
-    good = []
-    for picture in pictures:
-        try:
-            decode(picture.read(), teacher.max_pixels, picture.origin)
-        except (DataError, OSError):
-            continue
-        good.append(picture)
-    return good
 
 
 def _rate(work: Callable[[], object], count: int) -> float:
