@@ -67,6 +67,20 @@ class Batch:
         targets = Targets(side(self.p, self.q, False), torch.tensor(self.positives), self.pairs)
         return side(self.u, self.v, requires_grad), side(self.pu, self.pv, requires_grad), targets
 
+    def relations(self, scale: float, student_scale: float = 1 / 0.07, teacher_scale: float = 20.0) -> dict[str, float]:
+        """The terms of pairs and of single modalities that came after the first six, from the oracles."""
+        sides = [rows[: self.pairs] for rows in (self.pu, self.pv, self.p, self.q)]
+        same = np.eye(self.pairs, dtype=bool)
+        return {
+            "vertical": oracle.vertical(*sides, scale, scale, same, same),
+            "cross": oracle.cross(*sides, scale),
+            "gradient": oracle.gradient_distance(*sides, student_scale, teacher_scale, self.positives),
+            "pseudo_relation": sum(
+                oracle.among(ours, theirs, theirs, teacher_scale, 3.0)
+                for ours, theirs in ((self.pu, self.p), (self.pv, self.q))
+            ),
+        }
+
     def expected(
         self, weights: LossWeights, student_scale: float, bias: float, teacher_scale: float, icl_scale: float = 1 / 0.07
     ) -> Expected:

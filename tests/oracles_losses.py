@@ -90,6 +90,88 @@ def interactive(u, v, p, q, scale, positives) -> float:
     return (matching(by_image, positives) + matching(by_text, np.transpose(positives))) / 2
 
 
+def kl(target: np.ndarray, student: np.ndarray) -> float:
+    """The mean over rows of KL between two tables of logits."""
+    total = 0.0
+    for target_row, student_row in zip(target, student, strict=True):
+        for t, s in zip(softmax_row(target_row), softmax_row(student_row), strict=True):
+            total += t * math.log(t / s)
+    return total / len(target)
+
+
+def vertical(u, v, p, q, image_scale, text_scale, same_images, same_texts) -> float:
+    """CLIP-RD's VRD: both divergences, and the four cross entropies within a modality, halved."""
+    texts, texts_back = logits_of(q, v, text_scale), logits_of(v, q, text_scale)
+    images, images_back = logits_of(p, u, image_scale), logits_of(u, p, image_scale)
+    relation = kl(texts, images) + kl(texts_back, images_back)
+    within = matching(images, same_images) + matching(images_back, same_images)
+    return (relation + within + matching(texts, same_texts) + matching(texts_back, same_texts)) / 2
+
+
+def vertical_fixed(u, v, p, q, image_scale, text_scale, same_images, same_texts, fixed) -> float:
+    """The same with the divergences' targets taken from other rows, ``fixed``: what stop-gradient means."""
+    texts, texts_back = logits_of(q, fixed, text_scale), logits_of(fixed, q, text_scale)
+    images, images_back = logits_of(p, u, image_scale), logits_of(u, p, image_scale)
+    own, own_back = logits_of(q, v, text_scale), logits_of(v, q, text_scale)
+    relation = kl(texts, images) + kl(texts_back, images_back)
+    within = matching(images, same_images) + matching(images_back, same_images)
+    return (relation + within + matching(own, same_texts) + matching(own_back, same_texts)) / 2
+
+
+def cross(u, v, p, q, scale, fixed=None) -> float:
+    """CLIP-RD's XRD; ``fixed`` are the student's rows that the targets are made of, where they are others."""
+    fixed_u, fixed_v = (u, v) if fixed is None else fixed
+    pairs = [
+        (logits_of(q, fixed_u, scale), logits_of(p, v, scale)),
+        (logits_of(p, fixed_v, scale), logits_of(q, u, scale)),
+        (logits_of(fixed_u, q, scale), logits_of(v, p, scale)),
+        (logits_of(fixed_v, p, scale), logits_of(u, q, scale)),
+    ]
+    return sum(kl(target, student) for target, student in pairs) / 4
+
+
+def among(u, p, others, scale, temperature) -> float:
+    """T^2 KL between the teacher's and the student's similarities to some of the teacher's rows."""
+    return temperature**2 * kl(logits_of(p, others, scale / temperature), logits_of(u, others, scale / temperature))
+
+
+def clip_gradients(u, v, scale, positives) -> list[np.ndarray]:
+    """The gradients of both halves of the CLIP loss, by finite differences."""
+    halves = [
+        lambda u, v: matching(logits_of(u, v, scale), positives),
+        lambda u, v: matching(logits_of(v, u, scale), np.transpose(positives)),
+    ]
+    found = []
+    for half in halves:
+        found.append(gradient(lambda x, half=half: half(x, v), u))
+        found.append(gradient(lambda x, half=half: half(u, x), v))
+    return found
+
+
+def gradient_distance(u, v, p, q, student_scale, teacher_scale, positives) -> float:
+    ours, theirs = clip_gradients(u, v, student_scale, positives), clip_gradients(p, q, teacher_scale, positives)
+    return sum(mse(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def augmented(u, v, p, q, image, text, scale, positives) -> float:
+    """CLIP on linear maps, each a weight and a bias, of student and teacher side by side."""
+    sides = []
+    for ours, theirs, (weight, bias) in ((u, p, image), (v, q, text)):
+        rows = [weight @ np.concatenate([a, b]) + bias for a, b in zip(ours, theirs, strict=True)]
+        sides.append(unit(np.array(rows)))
+    return clip(*sides, scale, positives)
+
+
+def mixture(left, right, members, temperature=1.0) -> np.ndarray:
+    """The weighted mean of the members' softmaxes [rows, columns]; a member is (columns, scale, weight)."""
+    whole = sum(weight for _, _, weight in members)
+    out = np.zeros((len(left), len(right)))
+    for columns, scale, weight in members:
+        logits = logits_of(unit(left[:, columns]), unit(right[:, columns]), scale / temperature)
+        out += np.array([softmax_row(row) for row in logits]) * (weight / whole)
+    return out
+
+
 def gradient(function: Callable[[np.ndarray], float], at: np.ndarray, step: float = 1e-5) -> np.ndarray:
     """d function / d at, one element after the other, by central differences (error of order step^2)."""
     out = np.zeros_like(at, dtype=np.float64)

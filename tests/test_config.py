@@ -126,6 +126,45 @@ def test_the_loss_presets_are_those_of_the_losses():
     assert set(Preset.__args__) == set(PRESETS)
 
 
+def test_the_terms_of_the_loss_are_those_of_the_losses():
+    from clipdistill.config.loss import TERMS, LossConfig
+    from clipdistill.losses.weights import TERM_WEIGHTS
+
+    assert TERMS == TERM_WEIGHTS
+    assert set(TERMS) <= set(LossConfig.model_fields)
+
+
+def test_the_losss_own_faults_are_reported_with_the_others(base):
+    schedule = {"clop": [[0.0, 1.0]], "clip": [[0.5, 1.0], [0.1, -1.0]], "affinity": []}
+    loss = {"schedule": schedule, "queue": 1.0, "queue_rows": 1}
+    assert "loss.balance: 'learned' is not one of fixed, uncertainty; valid: fixed, uncertainty" in faults(
+        base, loss={"balance": "learned"}
+    )
+    found = faults(base, loss=loss, name=3)
+    assert any(fault.startswith("name: ") for fault in found)
+    for fault in (
+        "loss.schedule.clop: there is no such weight; did you mean 'clip'?",
+        "loss.schedule.clip: factors are finite numbers, 0 or more; got -1.0",
+        "loss.schedule.clip: shares rise from point to point; got 0.5 and then 0.1",
+        "loss.schedule.affinity: has no points; give [[share, factor], ...]",
+        "loss.queue_rows: loss.queue compares rows, so it needs 2 or more, got 1",
+    ):
+        assert fault in found
+
+
+def test_a_schedule_survives_being_written_as_toml(base):
+    config = parse(base, loss={"schedule": {"clip": [[0, 0], [0.5, 1]]}, "balance": "uncertainty"})
+    (base / "again.toml").write_text(config.to_toml(), encoding="utf-8")
+    assert RunConfig.load(base / "again.toml").loss == config.loss
+    assert config.loss.schedule == {"clip": ((0.0, 0.0), (0.5, 1.0))}
+
+
+@pytest.mark.parametrize("mode", ["live", "mutual"])
+def test_a_queue_needs_stored_embeddings(base, mode):
+    found = faults(base, loss={"queue": 1.0}, train={"mode": mode})
+    assert any(fault.startswith("loss.queue: its rows are the teacher's stored") and mode in fault for fault in found)
+
+
 def test_the_keys_are_frozen():
     """A new key is a promise: it is added here on purpose."""
     frozen = (Path(__file__).parent / "config_keys.txt").read_text(encoding="utf-8").split()

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from clipdistill.config.base import Above0, Count, Section, Weight
+from clipdistill.core import curves
+from clipdistill.core.errors import suggest
 
-Preset = Literal["default", "clip", "open_clip", "tinyclip", "fd", "clip_kd", "mobileclip"]
+Preset = Literal["default", "clip", "open_clip", "tinyclip", "fd", "clip_kd", "clip_rd", "dime_fm", "mobileclip"]
+
+TERMS = (
+    "clip",
+    "siglip",
+    "affinity",
+    "feature_cosine",
+    "feature_mse",
+    "interactive",
+    "vertical",
+    "cross",
+    "gradient",
+    "augmented_feature",
+    "pseudo_relation",
+    "queue",
+    "masked_feature",
+)
+"""The keys that are weights, which a schedule may change."""
 
 
 class LossConfig(Section):
@@ -48,3 +68,18 @@ class LossConfig(Section):
     student_scale: Above0 | None = None
     affinity_rows: Literal["all", "pairs"] | None = None
     multi_positive: bool | None = None
+
+    @model_validator(mode="after")
+    def _usable(self) -> LossConfig:
+        faults = [*self._schedule_faults()]
+        if self.queue and self.queue_rows is not None and self.queue_rows < 2:
+            faults.append(f"loss.queue_rows: loss.queue compares rows, so it needs 2 or more, got {self.queue_rows}")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def _schedule_faults(self) -> Iterator[str]:
+        for name, points in self.schedule.items():
+            if name not in TERMS:
+                yield f"loss.schedule.{name}: there is no such weight; {suggest(name, TERMS)}"
+            yield from (f"loss.schedule.{name}: {fault}" for fault in curves.faults_of(points))

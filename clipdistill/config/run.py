@@ -47,7 +47,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        faults = [*_train_faults(self), *_set_faults(self)]
+        faults = [*_train_faults(self), *_loss_faults(self), *_set_faults(self)]
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -109,6 +109,14 @@ def _train_faults(config: RunConfig) -> Iterator[str]:
         yield f"cache.view_scale: must be rising shares above 0 and up to 1, got [{low}, {high}]"
     if data.hold_out.val + data.hold_out.test >= 1:
         yield f"data.hold_out: val + test must be below 1, got {data.hold_out.val + data.hold_out.test}"
+
+
+def _loss_faults(config: RunConfig) -> Iterator[str]:
+    if config.loss.queue and config.train.mode != "cached":
+        yield (
+            f"loss.queue: its rows are the teacher's stored embeddings, which train.mode = {config.train.mode!r} "
+            'does not have; set loss.queue=0, or train.mode = "cached"'
+        )
 
 
 def _set_faults(config: RunConfig) -> Iterator[str]:

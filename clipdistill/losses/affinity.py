@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
+
+from clipdistill.losses.batch import Member
+from clipdistill.losses.distributions import cross_entropy, divergence, log_mixture, teacher_logits
 
 AffinityForm = Literal["kl", "cross_entropy"]
 
@@ -19,6 +23,7 @@ def affinity_loss(
     teacher_scale: float,
     temperature: float = 1.0,
     form: AffinityForm = "kl",
+    members: Sequence[Member] = (),
 ) -> Tensor:
     """Divergence of the student's image/text affinities from the teacher's, over rows and over columns.
 
@@ -42,19 +47,15 @@ def affinity_loss(
         teacher_scale: t, the teacher's inverse temperature.
         temperature: T, by which both sides' logits are divided.
         form: ``kl`` (zero for a perfect student) or ``cross_entropy`` (the published value of TinyCLIP and open_clip).
+        members: The teachers of an ensemble; P of the teacher's side is then the weighted mean of theirs, each of its
+            own rows and at its own scale, and ``teacher_scale`` is not used.
 
     Returns:
         A scalar. No gradient reaches the teacher's side.
     """
     student = (student_scale / temperature) * (student_images @ student_texts.T)
-    teacher = ((teacher_scale / temperature) * (teacher_images @ teacher_texts.T)).detach()
-    both = _divergence(teacher, student, form) + _divergence(teacher.T, student.T, form)
-    return both * (temperature**2 / 2)
-
-
-def _divergence(teacher: Tensor, student: Tensor, form: AffinityForm) -> Tensor:
-    """Mean over rows of KL(teacher || student), or of their cross entropy, from logits [rows, columns]."""
-    log_teacher = F.log_softmax(teacher, dim=1)
-    log_student = F.log_softmax(student, dim=1)
-    gap = log_teacher - log_student if form == "kl" else -log_student
-    return (log_teacher.exp() * gap).sum(dim=1).mean()
+    teacher = teacher_logits(teacher_images, teacher_texts, teacher_scale, temperature, members)
+    compare = divergence if form == "kl" else cross_entropy
+    by_image = compare(log_mixture(teacher, members), F.log_softmax(student, dim=1))
+    by_text = compare(log_mixture([each.T for each in teacher], members), F.log_softmax(student.T, dim=1))
+    return (by_image + by_text) * (temperature**2 / 2)

@@ -20,9 +20,13 @@ def matching_loss(logits: Tensor, positives: Tensor) -> Tensor:
     Returns:
         A scalar.
     """
-    target = positives.to(logits.dtype)
-    target = target / target.sum(dim=1, keepdim=True)
-    return -(target * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
+    return -(matching_target(positives, logits) * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
+
+
+def matching_target(positives: Tensor, like: Tensor) -> Tensor:
+    """The uniform distribution over each row's positives, [rows, columns], as precise as another tensor."""
+    target = positives.to(like.dtype)
+    return target / target.sum(dim=1, keepdim=True)
 
 
 def clip_loss(images: Tensor, texts: Tensor, scale: Tensor | float, positives: Tensor) -> Tensor:

@@ -4,191 +4,82 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import Literal, final, get_args
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from clipdistill.core.errors import ConfigError, MismatchError, suggest
-from clipdistill.losses.affinity import AffinityForm, affinity_loss
-from clipdistill.losses.contrastive import clip_loss, siglip_loss
-from clipdistill.losses.feature import cosine_loss, mse_loss
-from clipdistill.losses.interactive import interactive_loss
+from clipdistill.core.errors import ConfigError
+from clipdistill.losses.augmented_feature import AugmentedFeature
+from clipdistill.losses.balance import Uncertainty
+from clipdistill.losses.batch import (
+    Embeddings,
+    ExtraTerm,
+    LossTerms,
+    Member,
+    Targets,
+    TeacherScale,
+    full_precision,
+)
+from clipdistill.losses.feature import cosine_loss
+from clipdistill.losses.shapes import refuse_mismatch, refuse_mismatched_teacher
+from clipdistill.losses.terms import Rows, Scales, Term, measure
+from clipdistill.losses.weights import AffinityRows, LossWeights
 
-AffinityRows = Literal["all", "pairs"]
+__all__ = [
+    "MAX_SCALE",
+    "AffinityRows",
+    "Embeddings",
+    "ExtraTerm",
+    "LossTerms",
+    "LossWeights",
+    "Member",
+    "Objective",
+    "Targets",
+    "TeacherScale",
+]
 
 MAX_SCALE = 100.0  # CLIP's bound on a learned inverse temperature
 _CLIP_SCALE = 1 / 0.07
 _SIGLIP_SCALE, _SIGLIP_BIAS = 10.0, -10.0
-_TERM_WEIGHTS = ("clip", "siglip", "affinity", "feature_cosine", "feature_mse", "interactive")
-
-
-@dataclass(frozen=True, slots=True)
-class LossWeights:
-    """How much each loss counts, and the settings of those that have some. A weight of 0 leaves the loss out.
-
-    Attributes:
-        clip: Weight of the CLIP task loss.
-        siglip: Weight of the SigLIP task loss.
-        affinity: Weight of the affinity loss.
-        feature_cosine: Weight of 1 - cos, for each modality.
-        feature_mse: Weight of the mean squared error over rows and width, for each modality: the same loss as
-            ``2 / D`` of 1 - cos.
-        interactive: Weight of the interactive loss.
-        temperature: T of the affinity loss: divides both sides' logits, and multiplies the loss by its square.
-        teacher_scale: The teacher's inverse temperature in the affinity loss; None takes the teacher's own.
-        student_scale: The student's inverse temperature, fixed; None learns it.
-        affinity_rows: ``all`` compares every image with every text of the batch, paired or not, as the teacher can
-            score any two; ``pairs`` keeps to the paired rows, as published. The same where all rows are paired.
-        affinity_form: ``kl`` or ``cross_entropy``: equal gradients, different values.
-        multi_positive: Whether a text that describes several images of the batch is a positive of each; otherwise
-            only its own row is.
-
-    Raises:
-        ConfigError: Naming every value that is out of its range.
-    """
-
-    clip: float = 0.0
-    siglip: float = 0.0
-    affinity: float = 0.0
-    feature_cosine: float = 0.0
-    feature_mse: float = 0.0
-    interactive: float = 0.0
-    temperature: float = 1.0
-    teacher_scale: float | None = None
-    student_scale: float | None = None
-    affinity_rows: AffinityRows = "all"
-    affinity_form: AffinityForm = "kl"
-    multi_positive: bool = True
-
-    def __post_init__(self) -> None:
-        faults = [
-            f"loss.{name} must be a finite number, 0 or more; got {getattr(self, name)}"
-            for name in _TERM_WEIGHTS
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0)
-        ]
-        faults += [
-            f"loss.{name} must be a finite number above 0; got {getattr(self, name)}"
-            for name in ("temperature", "teacher_scale", "student_scale")
-            if getattr(self, name) is not None and not _is_scale(getattr(self, name))
-        ]
-        for name, choices in (("affinity_rows", get_args(AffinityRows)), ("affinity_form", get_args(AffinityForm))):
-            if getattr(self, name) not in choices:
-                faults.append(
-                    f"loss.{name} = {getattr(self, name)!r} is unknown; {suggest(getattr(self, name), choices)}"
-                )
-        if faults:
-            raise ConfigError(faults)
-
-
-@dataclass(frozen=True, slots=True)
-class Embeddings:
-    """One batch's embeddings of one side.
-
-    Attributes:
-        images: Unit rows [images, dim].
-        texts: Unit rows [texts, dim].
-    """
-
-    images: Tensor
-    texts: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """What the teacher and the data say about one batch.
-
-    Attributes:
-        teacher: Unit rows [images, D] and [texts, D], in the order of the student's.
-        positives: bool [pairs, pairs]; [i, j] where text j describes image i, the diagonal always.
-        pairs: The first so many images and texts are paired, row by row; the others are unpaired. May be 0.
-    """
-
-    teacher: Embeddings
-    positives: Tensor
-    pairs: int
-
-
-@dataclass(frozen=True, slots=True)
-class ExtraTerm:
-    """A term of the sum that is measured elsewhere: of inner blocks, or of a task.
-
-    Attributes:
-        name: As it is reported.
-        weight: How much it counts.
-        value: The loss, attached to what it trains.
-    """
-
-    name: str
-    weight: float
-    value: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherScale:
-    """How the teacher turns cosines into logits.
-
-    Attributes:
-        scale: Its inverse temperature (the exponential of ``logit_scale``).
-        bias: Its SigLIP bias, or None.
-
-    Raises:
-        ConfigError: If the scale is not a finite number above 0, or the bias not finite.
-    """
-
-    scale: float
-    bias: float | None
-
-    def __post_init__(self) -> None:
-        faults = []
-        if not _is_scale(self.scale):
-            faults.append(f"the teacher's logit scale must be a finite number above 0; got {self.scale}")
-        if self.bias is not None and not math.isfinite(self.bias):
-            faults.append(f"the teacher's logit bias must be finite; got {self.bias}")
-        if faults:
-            raise ConfigError(faults)
-
-
-@dataclass(frozen=True, slots=True)
-class LossTerms:
-    """One batch's losses.
-
-    Attributes:
-        total: The weighted sum, to call ``backward`` on; always attached to the student's embeddings, even where no
-            term applies and it is 0.
-        parts: Each term of the objective that has rows in this batch, unweighted and detached, in the order ``clip,
-            siglip, affinity, feature_image, feature_text, interactive``. The two feature terms are always reported as
-            1 - cos, whichever form is trained, so that runs compare over forms and widths.
-    """
-
-    total: Tensor
-    parts: dict[str, Tensor]
+_PAIRS = "pictures paired with texts"
+_NEED_PAIRS = ("clip", "siglip", "interactive", "vertical", "cross", "gradient", "augmented_feature")
+Width = tuple[Embeddings, Embeddings]
 
 
 @final
 class Objective(nn.Module):
-    """The weighted sum of the losses, and the numbers that are learned with the student: its scales and its bias.
+    """The weighted sum of the losses, and what is learned with the student: scales, bias, and the losses' own maps.
 
     ``logit_scale`` and ``icl_scale`` hold logarithms; they start at ln(1/0.07) (``logit_scale`` at ln 10 with the
     SigLIP loss, and ``logit_bias`` at -10) and are held at ln 100 or below. All three are always in the state dict;
-    only those that the weights train ask for a gradient.
+    only those that the weights train ask for a gradient. The vertical relational loss adds ``vertical_scales`` (among
+    pictures, among texts), the augmented feature loss its two maps, and balancing its log-variances.
 
     Args:
         weights: How much each loss counts.
         teacher: How the teacher turns cosines into logits.
+        dim: The width of the student's embeddings; only the augmented feature loss needs it.
+        teacher_dim: The width of the teacher's; the same.
 
     Raises:
-        ConfigError: If every weight is 0.
+        ConfigError: If every weight is 0, or a width is missing.
     """
 
-    def __init__(self, weights: LossWeights, teacher: TeacherScale) -> None:
+    def __init__(
+        self,
+        weights: LossWeights,
+        teacher: TeacherScale,
+        *,
+        dim: int | None = None,
+        teacher_dim: int | None = None,
+    ) -> None:
         super().__init__()
-        if not any(getattr(weights, name) for name in _TERM_WEIGHTS):
+        if not weights.weighted:
             raise ConfigError('loss: every weight is 0, so nothing can be trained; set one, or loss.preset = "default"')
         self.weights = weights
         self.teacher = teacher
+        self._speaker = teacher.at(weights.teacher_scale)
         # With no loss on the student's own logits its scale cannot be learned. It imitates the teacher's vectors then,
         # so the teacher's scale is the one to ship it with.
         self._takes_teachers_scale = (
@@ -198,10 +89,22 @@ class Objective(nn.Module):
         start = self._fixed_scale or (_SIGLIP_SCALE if weights.siglip else _CLIP_SCALE)
         self.logit_scale = _parameter(math.log(start), learned=self._fixed_scale is None)
         self.logit_bias = _parameter(_SIGLIP_BIAS, learned=weights.siglip > 0)
+        # The cross relational loss shares this scale, and does not learn it alone: it would bring it to 0.
         self.icl_scale = _parameter(math.log(_CLIP_SCALE), learned=weights.interactive > 0)
+        self.vertical_scales = nn.Parameter(torch.full((2,), math.log(_CLIP_SCALE))) if weights.vertical else None
+        self.fuse = _fuse(dim, teacher_dim) if weights.augmented_feature else None
+        self.uncertainty = Uncertainty(weights.weighted) if weights.balance == "uncertainty" else None
 
     def forward(
-        self, student: Embeddings, projected: Embeddings, targets: Targets, *, extra: Sequence[ExtraTerm] = ()
+        self,
+        student: Embeddings,
+        projected: Embeddings,
+        targets: Targets,
+        *,
+        masked: Tensor | None = None,
+        narrower: Sequence[Width] = (),
+        extra: Sequence[ExtraTerm] = (),
+        share: float = 0.0,
     ) -> LossTerms:
         """Measure one batch.
 
@@ -209,7 +112,13 @@ class Objective(nn.Module):
             student: The student's own unit embeddings [images, d] and [texts, d].
             projected: The same in the teacher's width [images, D] and [texts, D]; the same object where d = D.
             targets: The teacher's embeddings, and which texts describe which images.
-            extra: Further terms of the sum.
+            masked: The student's unit embeddings in the teacher's width of the same pictures with patches masked.
+            narrower: The student's embeddings cut to smaller widths and made unit again, and the same in the teacher's
+                width. The total is then the mean over all widths of what it is at one: Matryoshka representation
+                learning (Kusupati et al. 2022, arXiv 2205.13147). The masked pictures and the further terms have one
+                width and count once.
+            extra: Further terms of the sum; they have their own weights, which are neither scheduled nor balanced.
+            share: The share of the training's steps that is done, for weights that change.
 
         Returns:
             The total and its parts, computed in float32 at least whatever the autocast state: at a scale of 100 a
@@ -218,18 +127,35 @@ class Objective(nn.Module):
         Raises:
             MismatchError: If the shapes do not belong together.
         """
-        _refuse_mismatch(student, projected, targets)
-        self._hold_scales()
+        widths = [(student, projected), *narrower]
+        for each in widths:
+            refuse_mismatch(*each, targets)
+        refuse_mismatched_teacher(targets, masked, self.teacher)
+        self._hold()
+        weights = self.weights.at(share)
         with torch.autocast(student.images.device.type, enabled=False):
-            student, projected = _at_full_precision(student), _at_full_precision(projected)
-            teacher = _as_constants(targets.teacher, like=student.images)
-            total = 0 * (student.images.sum() + student.texts.sum() + projected.images.sum() + projected.texts.sum())
+            widths = [(own.at_full_precision(), mapped.at_full_precision()) for own, mapped in widths]
+            teacher = targets.teacher.as_constants(like=widths[0][0].images)
+            total = sum((_nothing(rows) for width in widths for rows in width), torch.zeros(()))
             parts: dict[str, Tensor] = {}
-            further = (_weighted(term.name, term.weight, term.value) for term in extra)
-            for name, weighted, reported in chain(self._terms(student, projected, teacher, targets), further):
-                total = total + weighted
-                parts[name] = reported.detach()
+            for place, width in enumerate(widths):
+                mark = f"@{width[0].images.shape[1]}" if place else ""
+                for term in self._terms(width, teacher, targets, weights):
+                    total = total + self._weighted(term, weights) / len(widths)
+                    parts[term.name + mark] = _reported(term)
+            for term in _masked_terms(masked, teacher.images, weights):
+                total = total + self._weighted(term, weights)
+                parts[term.name] = _reported(term)
+            for further in extra:
+                total = total + further.weight * further.value
+                parts[further.name] = further.value.detach()
+        if self.uncertainty is not None:
+            parts |= self.uncertainty.values()
         return LossTerms(total, parts)
+
+    def wants_masked(self, share: float) -> bool:
+        """Whether ``forward`` needs the masked pictures at a point of the training."""
+        return "masked_feature" in self.weights.at(share)
 
     def check(self, has_pairs: bool, *, images: bool = True, texts: bool = True) -> None:
         """Refuse data that none of the weighted losses can learn from.
@@ -242,9 +168,8 @@ class Objective(nn.Module):
         Raises:
             ConfigError: Naming the weights, what they need, and a preset that works.
         """
-        unmet = dict(self._unmet_needs(has_pairs, images and texts))
-        weighted = [name for name in _TERM_WEIGHTS if getattr(self.weights, name)]
-        if all(name in unmet for name in weighted):
+        unmet = dict(self._unmet_needs(has_pairs, images, texts))
+        if all(name in unmet for name in self.weights.weighted):
             advice = 'these data do not have; loss.preset = "fd" works with unpaired pictures and texts'
             raise ConfigError([f"loss.{name} needs {need}, which {advice}" for name, need in unmet.items()])
 
@@ -260,118 +185,76 @@ class Objective(nn.Module):
             return self.logit_bias.item()
         return self.teacher.bias if self._takes_teachers_scale else None
 
-    def _terms(
-        self, student: Embeddings, projected: Embeddings, teacher: Embeddings, targets: Targets
-    ) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """The terms that are weighted and have rows, in their fixed order: name, weighted value, reported value."""
-        weights, pairs = self.weights, targets.pairs
-        own, theirs = _first(student, pairs), _first(teacher, pairs)
-        positives = targets.positives if weights.multi_positive else torch.eye(pairs, device=own.images.device).bool()
-        scale = self.logit_scale.exp() if self._fixed_scale is None else self._fixed_scale
-        if weights.clip and pairs:
-            yield _weighted("clip", weights.clip, clip_loss(own.images, own.texts, scale, positives))
-        if weights.siglip and pairs:
-            loss = siglip_loss(own.images, own.texts, scale, self.logit_bias, positives)
-            yield _weighted("siglip", weights.siglip, loss)
-        if weights.affinity_rows == "all":
-            yield from self._affinity_terms(student, teacher, scale)
-        else:
-            yield from self._affinity_terms(own, theirs, scale)
-        yield from self._feature_terms("feature_image", projected.images, teacher.images)
-        yield from self._feature_terms("feature_text", projected.texts, teacher.texts)
-        if weights.interactive and pairs:
-            anchored = _first(projected, pairs)
-            loss = interactive_loss(
-                anchored.images, anchored.texts, theirs.images, theirs.texts, self.icl_scale.exp(), positives
-            )
-            yield _weighted("interactive", weights.interactive, loss)
+    def _terms(self, width: Width, teacher: Embeddings, targets: Targets, weights: dict[str, float]) -> Iterator[Term]:
+        """The terms that are weighted and have rows, in their fixed order."""
+        own, mapped = width
+        alone = torch.eye(targets.pairs, device=own.images.device).bool()
+        positives = targets.positives if self.weights.multi_positive else alone
+        queue = None if targets.queue is None else targets.queue.as_constants(like=own.images)
+        rows = Rows(own, mapped, teacher, positives, targets.pairs, queue)
+        yield from measure(rows, self.weights, weights, self._scales(), self.fuse)
 
-    def _affinity_terms(
-        self, student: Embeddings, teacher: Embeddings, scale: Tensor | float
-    ) -> Iterator[tuple[str, Tensor, Tensor]]:
-        weights = self.weights
-        if not (weights.affinity and len(student.images) and len(student.texts)):
-            return
-        loss = affinity_loss(
-            student.images,
-            student.texts,
-            teacher.images,
-            teacher.texts,
-            scale,
-            weights.teacher_scale or self.teacher.scale,
-            weights.temperature,
-            weights.affinity_form,
+    def _scales(self) -> Scales:
+        vertical = (_CLIP_SCALE, _CLIP_SCALE) if self.vertical_scales is None else self.vertical_scales.exp()
+        return Scales(
+            student=self.logit_scale.exp() if self._fixed_scale is None else self._fixed_scale,
+            bias=self.logit_bias,
+            interactive=self.icl_scale.exp(),
+            image=vertical[0],
+            text=vertical[1],
+            teacher=self._speaker,
         )
-        yield _weighted("affinity", weights.affinity, loss)
 
-    def _feature_terms(self, name: str, student: Tensor, teacher: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        weights = self.weights
-        if not (weights.feature_cosine or weights.feature_mse) or not len(student):
-            return
-        cosine = cosine_loss(student, teacher)
-        weighted = weights.feature_cosine * cosine
-        if weights.feature_mse:
-            weighted = weighted + weights.feature_mse * mse_loss(student, teacher)
-        yield name, weighted, cosine
+    def _weighted(self, term: Term, weights: dict[str, float]) -> Tensor:
+        loss: Tensor = term.loss if self.uncertainty is None else self.uncertainty(term.weight, term.loss)
+        return weights[term.weight] * loss
 
-    def _unmet_needs(self, has_pairs: bool, both: bool) -> Iterator[tuple[str, str]]:
+    def _unmet_needs(self, has_pairs: bool, images: bool, texts: bool) -> Iterator[tuple[str, str]]:
         """The weighted losses that such data cannot feed, each with what it needs."""
-        needs = dict.fromkeys(("clip", "siglip", "interactive"), (has_pairs, "pictures paired with texts"))
+        needs = dict.fromkeys(_NEED_PAIRS, (has_pairs, _PAIRS)) | {"masked_feature": (images, "pictures")}
         if self.weights.affinity_rows == "all":
-            needs["affinity"] = (both, "both pictures and texts")
+            needs["affinity"] = (images and texts, "both pictures and texts")
         else:
-            needs["affinity"] = (has_pairs, 'pictures paired with texts (unless loss.affinity_rows = "all")')
-        for name in _TERM_WEIGHTS:
+            needs["affinity"] = (has_pairs, f'{_PAIRS} (unless loss.affinity_rows = "all")')
+        for name in self.weights.weighted:
             met, need = needs.get(name, (True, ""))
-            if getattr(self.weights, name) and not met:
+            if not met:
                 yield name, need
 
     @torch.no_grad()
-    def _hold_scales(self) -> None:
+    def _hold(self) -> None:
         # The parameter itself is held, as in CLIP's training. Clamping its use instead would end its gradient at the
         # bound, and a scale that once got there could never come down again.
-        for log_scale in (self.logit_scale, self.icl_scale):
-            if log_scale.requires_grad:
+        for log_scale in (self.logit_scale, self.icl_scale, self.vertical_scales):
+            if log_scale is not None and log_scale.requires_grad:
                 log_scale.clamp_(max=math.log(MAX_SCALE))
-
-
-def _is_scale(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+        if self.uncertainty is not None:
+            self.uncertainty.hold()
 
 
 def _parameter(value: float, *, learned: bool) -> nn.Parameter:
     return nn.Parameter(torch.tensor(value), requires_grad=learned)
 
 
-def _weighted(name: str, weight: float, loss: Tensor) -> tuple[str, Tensor, Tensor]:
-    return name, weight * loss, loss
+def _fuse(dim: int | None, teacher_dim: int | None) -> AugmentedFeature:
+    if dim is None or teacher_dim is None:
+        raise ConfigError(
+            "loss.augmented_feature learns maps between the student's and the teacher's embeddings: give the objective "
+            f"both widths, Objective(..., dim=..., teacher_dim=...); got {dim} and {teacher_dim}"
+        )
+    return AugmentedFeature(dim, teacher_dim)
 
 
-def _first(rows: Embeddings, count: int) -> Embeddings:
-    return Embeddings(rows.images[:count], rows.texts[:count])
+def _nothing(rows: Embeddings) -> Tensor:
+    """0, attached to the rows."""
+    return 0 * (rows.images.sum() + rows.texts.sum())
 
 
-def _at_full_precision(rows: Embeddings) -> Embeddings:
-    return Embeddings(*(side if side.dtype == torch.float64 else side.float() for side in (rows.images, rows.texts)))
+def _masked_terms(masked: Tensor | None, teacher: Tensor, weights: dict[str, float]) -> Iterator[Term]:
+    """CLIP-KD's MFD (Yang et al. 2024, arXiv 2307.12732), as 1 - cos."""
+    if masked is not None and len(masked) and "masked_feature" in weights:
+        yield Term("masked_feature", "masked_feature", cosine_loss(full_precision(masked), teacher))
 
 
-def _as_constants(rows: Embeddings, like: Tensor) -> Embeddings:
-    return Embeddings(rows.images.detach().to(like), rows.texts.detach().to(like))
-
-
-def _refuse_mismatch(student: Embeddings, projected: Embeddings, targets: Targets) -> None:
-    """Raise MismatchError where shapes disagree: broadcasting would turn some of these faults into a plausible loss."""
-    teacher, pairs = targets.teacher, targets.pairs
-    rows = (len(teacher.images), len(teacher.texts))
-    shared = min(*rows, len(student.images), len(student.texts))
-    facts = (
-        ("the student's images and texts", rows, (len(student.images), len(student.texts))),
-        ("the shape of the projected images", tuple(teacher.images.shape), tuple(projected.images.shape)),
-        ("the shape of the projected texts", tuple(teacher.texts.shape), tuple(projected.texts.shape)),
-        ("the shape of positives", (pairs, pairs), tuple(targets.positives.shape)),
-        ("the number of pairs", min(max(pairs, 0), shared), pairs),
-    )
-    for field, expected, found in facts:
-        if expected != found:
-            remedy = "The teacher's rows, the student's rows and the pairs of a batch come from the same samples."
-            raise MismatchError("the batch", field, expected, found, remedy)
+def _reported(term: Term) -> Tensor:
+    return (term.loss if term.reported is None else term.reported).detach()

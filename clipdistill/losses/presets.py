@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from clipdistill.losses.objective import LossWeights
+from clipdistill.losses.weights import LossWeights
 
 PRESETS: Mapping[str, LossWeights] = MappingProxyType(
     {
@@ -37,6 +37,21 @@ PRESETS: Mapping[str, LossWeights] = MappingProxyType(
         # CLIP-KD's unified method: task + 1 CRD + 1 ICL + 2000 FD, CRD at temperature 1 and the teacher's own scale.
         # ICL's scale is exponentiated, as its paper has it; the released code multiplies by the logarithm.
         "clip_kd": LossWeights(clip=1.0, affinity=1.0, feature_mse=2000.0, interactive=1.0, affinity_rows="pairs"),
+        # CLIP-RD (Chung et al. 2026, arXiv 2603.25383): CLIP-KD's unified method (HRD is its name for CRD) with both
+        # relational losses at weight 1. VRD's scales are learned, XRD takes ICL's.
+        "clip_rd": LossWeights(
+            clip=1.0,
+            affinity=1.0,
+            feature_mse=2000.0,
+            interactive=1.0,
+            vertical=1.0,
+            cross=1.0,
+            affinity_rows="pairs",
+        ),
+        # DIME-FM (Sun et al. 2023, arXiv 2303.18232), for pictures and texts that are not paired: 0.7 times the sum of
+        # both directions' KL (the affinity loss is half of that sum) and 0.3 times twice the pseudo-relation at T = 3.
+        # There the text tower is the teacher's own; here the student's texts are trained by the same two losses.
+        "dime_fm": LossWeights(affinity=1.4, pseudo_relation=0.6),
         # MobileCLIP (Vasu et al. 2024, arXiv 2311.17049), version 1: (1 - l) task + l KL with l = 1 for S0 to S2 (their
         # loss weights "0.0 1.0") and the teacher at scale 100; l = 0.75 for B. The paper finds l near 0.7 best for
         # retrieval: that is clip = 0.3, affinity = 0.7. Its ensemble and stored augmentations belong to the cache.

@@ -38,6 +38,16 @@ def loss_weights(config: LossConfig) -> LossWeights:
     return dataclasses.replace(PRESETS[config.preset], **changed)
 
 
+def new_objective(config: LossConfig, student: DualEncoder, cache: TeacherCache) -> Objective:
+    """What a student of a teacher's stored embeddings is trained to minimise."""
+    return Objective(
+        loss_weights(config),
+        TeacherScale(cache.scale, cache.bias),
+        dim=student.dim,
+        teacher_dim=student.teacher_dim,
+    )
+
+
 def new_student(config: RunConfig, data: RunData, cache: TeacherCache, teacher: Teacher | None) -> DualEncoder:
     """Build the untrained student of a configuration."""
     student = config.student
@@ -96,10 +106,11 @@ def train(
         return DualEncoder.load(workspace.student)
     if force:
         _restart(workspace)
-    objective = Objective(loss_weights(config.loss), TeacherScale(cache.scale, cache.bias))
+    student = new_student(config, data, cache, teacher)
+    objective = new_objective(config.loss, student, cache)
     objective.check(has_pairs=config.train.batch > 0)
     student = distill(
-        new_student(config, data, cache, teacher),
+        student,
         cache,
         training_data(config, data),
         objective=objective,
