@@ -47,7 +47,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        faults = [*_train_faults(self), *_loss_faults(self), *_set_faults(self)]
+        faults = [*_train_faults(self), *_loss_faults(self), *_mode_faults(self), *_set_faults(self)]
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -117,6 +117,29 @@ def _loss_faults(config: RunConfig) -> Iterator[str]:
             f"loss.queue: its rows are the teacher's stored embeddings, which train.mode = {config.train.mode!r} "
             'does not have; set loss.queue=0, or train.mode = "cached"'
         )
+
+
+def _mode_faults(config: RunConfig) -> Iterator[str]:
+    """What a teacher that runs while the student trains cannot do."""
+    mode, teacher = config.train.mode, config.teacher
+    if mode == "cached":
+        return
+    stored = [f"members.{number}" for number, one in enumerate(teacher.members) if one.embeddings is not None]
+    for name in [*(["embeddings"] if teacher.embeddings is not None else []), *stored]:
+        remedy = 'give the model, or train.mode = "cached"'
+        yield f'teacher.{name}: train.mode = "{mode}" runs the teacher, and embeddings are no teacher to run; {remedy}'
+    if mode == "mutual":
+        yield from _mutual_faults(config)
+
+
+def _mutual_faults(config: RunConfig) -> Iterator[str]:
+    if config.teacher.members:
+        yield 'teacher.members: train.mode = "mutual" trains one teacher with the student; give teacher.model'
+    if config.teacher.precision != "fp32":
+        found = config.teacher.precision
+        yield f'teacher.precision: train.mode = "mutual" trains the teacher in fp32, not in {found}'
+    if not config.train.batch:
+        yield 'train.batch: train.mode = "mutual" needs pairs: the teacher learns its own task from them'
 
 
 def _set_faults(config: RunConfig) -> Iterator[str]:

@@ -86,7 +86,9 @@ class CacheConfig(Section):
     folder: str | None = None
     """Where it lies; none = ``cache`` in the run's folder. Give one folder to share it between runs."""
     views: Positive = 1
-    """Crops a picture: view 0 is the whole picture, the others are drawn from (seed, key, number)."""
+    """Crops a picture: view 0 is the whole picture, the others are drawn from (seed, key, number). With a live teacher
+    (``train.mode``) nothing is stored and the views have no end: 1 shows the whole picture always, more than 1 shows a
+    new crop each time a picture is drawn."""
     view_seed: int = 0
     view_scale: tuple[float, float] = (0.6, 1.0)
     """The least and largest share of the picture that a crop keeps."""

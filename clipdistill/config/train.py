@@ -14,7 +14,8 @@ class TrainConfig(Section):
 
     mode: Literal["cached", "live", "mutual"] = "cached"
     """``cached``: from the teacher's stored embeddings; ``live``: the teacher runs on each augmented batch; ``mutual``:
-    teacher and student train together."""
+    teacher and student train together. But in ``cached`` only the measured sets' embeddings are stored. Validation is
+    against the teacher's own ranking in all three, in ``mutual`` that of the teacher before it was trained."""
     steps: Positive = 1000
     budget_minutes: Above0 | None = None
     """A time instead of steps: the steps are chosen by a short measurement before the first one."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.cache import TeacherCache, Views, adopt, fill
-from clipdistill.config import RunConfig, Sources
+from clipdistill.config import RunConfig, Sources, evaluation_sets
 from clipdistill.core import fingerprint
 from clipdistill.core.errors import ConfigError
 from clipdistill.data.records import Pair, Rejection
@@ -57,6 +57,17 @@ class RunData:
         drawn = [self.sets["train"].weights if "train" in self.sets else (), self.image_weights, self.text_weights]
         weights = [list(values) for values in drawn] if len({value for part in drawn for value in part}) > 1 else []
         return fingerprint.of_value([parts, extra, *weights])
+
+    def stored(self, config: RunConfig) -> tuple[list[Pair], tuple[str, ...]]:
+        """The pairs and unpaired texts whose embeddings by the teacher are stored.
+
+        All of them, where the student learns from the stored ones; else those of the sets that are measured: a live
+        teacher embeds what the student is trained on anew at each step.
+        """
+        if config.train.mode == "cached":
+            return self.pairs, self.texts
+        names = [name for name in self.sets if name != "train" or name in evaluation_sets(config)]
+        return [pair for name in names for pair in self.sets[name].pairs], ()
 
     def without(self, refused: set[str]) -> RunData:
         """The same data without the rows of these keys."""
@@ -146,10 +157,17 @@ def open_teacher(config: RunConfig) -> Teacher | None:
     )
 
 
+def drawn_views(config: RunConfig) -> Views:
+    """How the views of the training pictures are drawn."""
+    return Views(config.cache.views, config.cache.view_seed, config.cache.view_scale)
+
+
 def open_cache(
     workspace: Workspace, data: RunData, teacher: Teacher | None, *, force: bool = False
 ) -> tuple[TeacherCache, RunData]:
-    """The teacher's embeddings of all data: adopted, reused after a check and a live probe, or filled.
+    """The teacher's stored embeddings: adopted, reused after a check and a live probe, or filled.
+
+    They are of all data, or of the measured sets alone where the teacher runs while the student trains.
 
     Args:
         workspace: The run.
@@ -166,25 +184,26 @@ def open_cache(
     config = workspace.config
     if teacher is None:
         return _adopted(workspace, data), data
-    views = Views(config.cache.views, config.cache.view_seed, config.cache.view_scale)
+    views, (pairs, texts) = drawn_views(config), data.stored(config)
     folder = workspace.cache
     if force and folder.exists() and any(folder.iterdir()):
         _clear(folder)
     if (folder / "manifest.json").exists():
         cache = TeacherCache.open(folder)
         cache.check_teacher(teacher)
-        cache.check_views(views)
+        if config.train.mode == "cached":  # else only the whole pictures' rows are used, which every cache has
+            cache.check_views(views)
         cache.check_dtype(config.cache.dtype)
-        cache.check_data(data.pairs, data.texts)
-        least = cache.probe(teacher, data.pairs, rows=config.cache.probe_rows, cosine=config.cache.probe_cosine)
+        cache.check_data(pairs, texts)
+        least = cache.probe(teacher, pairs, rows=config.cache.probe_rows, cosine=config.cache.probe_cosine)
         _log.info("teacher cache: %s, kept; least cosine with the live teacher %.6f", folder, least)
     else:
         cache = fill(
             folder,
             teacher,
-            data.pairs,
-            data.texts,
-            views=views,
+            pairs,
+            texts,
+            views=views if config.train.mode == "cached" else Views(),
             shard_rows=config.cache.shard_rows,
             batch=config.teacher.batch,
             dtype=config.cache.dtype,

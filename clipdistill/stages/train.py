@@ -19,12 +19,14 @@ from clipdistill.losses.objective import LossWeights, Objective, TeacherScale
 from clipdistill.losses.presets import PRESETS
 from clipdistill.retrieval.exact import exact_top_k
 from clipdistill.retrieval.measures import overlap_at_k
-from clipdistill.stages.inputs import RunData
+from clipdistill.stages.inputs import RunData, drawn_views
 from clipdistill.stages.workspace import Workspace
 from clipdistill.towers.build import build_student
+from clipdistill.towers.live import LiveTeacher
 from clipdistill.towers.student import DualEncoder
 from clipdistill.towers.teacher import Teacher
 from clipdistill.training.batches import TrainingData
+from clipdistill.training.live import Live, LiveRows
 from clipdistill.training.loop import distill
 
 _log = logging.getLogger("clipdistill")
@@ -84,7 +86,8 @@ def train(
         workspace: The run.
         data: Its rows.
         cache: The teacher's embeddings of them.
-        teacher: The live teacher: its tokenizer and token table are where ``inherit`` begins.
+        teacher: The live teacher: its tokenizer and token table are where ``inherit`` begins, and it embeds each batch
+            unless ``train.mode`` is ``cached``.
         force: Train again from the start.
 
     Returns:
@@ -101,6 +104,7 @@ def train(
         "train": fingerprint.of_value(config.train.model_dump(mode="json", exclude={"workers", "log_every"})),
         "data": data.fingerprint,
         "teacher cache": cache.fingerprint,
+        **_live_inputs(config, teacher),
     }
     if workspace.is_done("train", made_from, workspace.student, force=force):
         return DualEncoder.load(workspace.student)
@@ -119,10 +123,27 @@ def train(
         folder=workspace.training,
         on_eval=validation(data, cache),
         fingerprint=fingerprint.of_value(made_from),
+        live=live_teacher(config, teacher),
     )
     student.save(workspace.student)
     workspace.mark_done("train", made_from)
     return student
+
+
+def live_teacher(config: RunConfig, teacher: Teacher | None) -> LiveRows | None:
+    """The teacher as the loop runs it on each batch; None where the student learns from its stored embeddings."""
+    if config.train.mode == "cached":
+        return None
+    if teacher is None:
+        raise ConfigError(f'train.mode = "{config.train.mode}" runs the teacher: teacher.model is needed')
+    return Live(LiveTeacher(teacher), drawn_views(config))
+
+
+def _live_inputs(config: RunConfig, teacher: Teacher | None) -> dict[str, Any]:
+    """What decides a training with a live teacher beside the rest: the teacher, and the views that both are shown."""
+    if config.train.mode == "cached" or teacher is None:
+        return {}
+    return {"teacher": teacher.fingerprint, "views": fingerprint.of_value(drawn_views(config).to_json())}
 
 
 def training_data(config: RunConfig, data: RunData) -> TrainingData:

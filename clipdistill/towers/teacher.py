@@ -59,11 +59,11 @@ class Teacher:
         self.model: Any = model.to(device).eval().requires_grad_(False)
         self.transform, self.tokenizer, self.name = transform, tokenizer, name
         self.device, self.max_pixels = torch.device(device), max_pixels
-        self._dtype = next(model.parameters()).dtype
+        self.dtype = next(model.parameters()).dtype
         convolutions = sum(isinstance(part, torch.nn.Conv2d) for part in model.modules())
         if convolutions > 4:  # more than a patch embedding: 1.3-5x on CPUs
             self.model.to(memory_format=torch.channels_last)
-        self._cuts = context.can_cut(model) and self._cut_is_exact()
+        self.cuts = context.can_cut(model) and self._cut_is_exact()
         self._fingerprint: str | None = None
         self.dim = int(self.encode_texts(["a"]).shape[1])
 
@@ -114,22 +114,22 @@ class Teacher:
         ]
         return _stacked(rows, self.dim)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: a network may keep a table that training it needs with gradients
     def encode_decoded(self, images: Sequence[Image.Image]) -> Vectors:
         """Embed decoded RGB pictures, or crops of them, as one batch: float32 [images, dim], unit rows."""
-        pixels = torch.stack([self.transform(image) for image in images]).to(self.device, self._dtype)
+        pixels = torch.stack([self.transform(image) for image in images]).to(self.device, self.dtype)
         features = self.model.encode_image(pixels)
         return _unit(features)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], batch: int = 256) -> Vectors:
         """Embed texts, the padding cut away where that is exact: float32 [texts, dim], unit rows."""
-        rows = [self._embed(self._tokens(list(part)), self._cuts) for part in _parts(texts, batch)]
+        rows = [self._embed(self._tokens(list(part)), self.cuts) for part in _parts(texts, batch)]
         return _stacked(rows, getattr(self, "dim", 0))
 
     def text_lengths(self, texts: Sequence[str]) -> list[int]:
         """How many tokens of each text are not padding, to group texts of equal cost."""
-        if not self._cuts:
+        if not self.cuts:
             return [0] * len(texts)
         return [context.cut(self.model, self._tokens([text])).shape[1] for text in texts]
 
@@ -142,7 +142,7 @@ class Teacher:
             return _unit(context.encode(self.model, context.cut(self.model, tokens)))
         return _unit(self.model.encode_text(tokens))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _cut_is_exact(self) -> bool:
         """Prove the cut on this very model: a rule about its construction alone could miss a new kind of tower."""
         tokens = self._tokens(["a dog", "two cats on a mat", ""])

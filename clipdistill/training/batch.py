@@ -27,6 +27,19 @@ class RowFacts(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherInput:
+    """A batch as one live teacher takes it, row for row with the batch's own pictures and texts.
+
+    Attributes:
+        pixels: float32 [images, 3, height, width], by the teacher's own transform.
+        tokens: int64 [texts, context], by the teacher's own tokenizer.
+    """
+
+    pixels: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One step's input. The first ``pairs`` pictures and texts belong together, row by row; the others are unpaired.
 
@@ -34,8 +47,8 @@ class Batch:
         step: The step, counted from 0.
         pixels: float32 [images, 3, height, width].
         tokens: int64 [texts, length].
-        teacher_images: float32 [images, D], unit rows.
-        teacher_texts: float32 [texts, D], unit rows.
+        teacher_images: float32 [images, D], unit rows; [images, 0] before a live teacher has embedded the batch.
+        teacher_texts: float32 [texts, D], unit rows; [texts, 0] before a live teacher has.
         positives: bool [pairs, pairs]; [i, j] where text j is a caption of picture i.
         pairs: How many rows are paired.
         keys: Of the pictures.
@@ -43,6 +56,7 @@ class Batch:
         rejected: Pictures that could not be read; their rows, and their paired texts, are left out of all the above.
         image_facts: Further tensors by name, row for row with the pictures.
         text_facts: Further tensors by name, row for row with the texts.
+        teacher_inputs: The same pictures, in the same views, and the same texts as each live teacher takes them.
     """
 
     step: int
@@ -57,6 +71,7 @@ class Batch:
     rejected: tuple[Rejection, ...]
     image_facts: Mapping[str, Tensor] = field(default_factory=dict)
     text_facts: Mapping[str, Tensor] = field(default_factory=dict)
+    teacher_inputs: tuple[TeacherInput, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -69,6 +84,10 @@ class Batch:
         moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in tensors}
         for name in ("image_facts", "text_facts"):
             moved[name] = {key: value.to(device, non_blocking=True) for key, value in getattr(self, name).items()}
+        moved["teacher_inputs"] = tuple(
+            TeacherInput(one.pixels.to(device, non_blocking=True), one.tokens.to(device, non_blocking=True))
+            for one in self.teacher_inputs
+        )
         return replace(self, **moved)
 
     def parts(self, count: int) -> Iterator[Batch]:
@@ -101,4 +120,5 @@ class Batch:
             rejected=(),
             image_facts={name: value[images] for name, value in self.image_facts.items()},
             text_facts={name: value[texts] for name, value in self.text_facts.items()},
+            teacher_inputs=tuple(TeacherInput(one.pixels[images], one.tokens[texts]) for one in self.teacher_inputs),
         )

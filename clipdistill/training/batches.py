@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, final
 
@@ -16,7 +16,8 @@ from clipdistill.config import TrainConfig
 from clipdistill.core.errors import ConfigError, DataError
 from clipdistill.data.records import Pair
 from clipdistill.data.views import View
-from clipdistill.training.batch import Batch, RowFacts
+from clipdistill.training.batch import Batch, RowFacts, TeacherInput
+from clipdistill.training.live import DrawnViews, LiveRows
 from clipdistill.training.pictures import PictureReader, Preparation, ReadPictures
 from clipdistill.training.sampler import Stream, choose
 
@@ -106,20 +107,39 @@ class _Plan:
     pairs: int
 
 
+@dataclass(frozen=True, slots=True)
+class _LivePictures:
+    """The views that a live teacher is shown, and the marks of the pictures that the cache knows."""
+
+    drawn: DrawnViews
+    cache: TeacherRows
+
+    def view(self, key: str, number: int) -> View:
+        return self.drawn.of(key, number)
+
+    def mark(self, key: str) -> str | None:
+        return self.cache.mark(key)
+
+
 @final
 class BatchMaker:
     """Makes the batch of any step: a pure function of the data, the seed and the step.
 
+    From a cache the batch holds the teacher's stored rows; for a live teacher it holds what that teacher is to embed.
+    A live teacher is not bound to stored views: where it is shown more than the whole picture, each turn of a picture
+    is a view that was never drawn before.
+
     Args:
         preprocess: The student's preprocessing.
         tokenizer: The student's tokenizer.
-        cache: The teacher's rows.
+        cache: The teacher's rows; beside a live teacher only the marks of its pictures are used.
         data: What to train on.
         train: How many rows a step has.
         seed: The run's seed.
         max_pixels: A picture whose header says more is refused.
         keep_bytes: How many bytes of prepared pictures are kept in memory.
         facts: What else the batches hold of their rows.
+        live: The teachers that run on each batch; None where their rows are stored.
 
     Raises:
         ConfigError: If a batch of a kind of rows is asked for that the data do not have.
@@ -138,10 +158,16 @@ class BatchMaker:
         max_pixels: int,
         keep_bytes: int = 0,
         facts: Sequence[RowFacts] = (),
+        live: LiveRows | None = None,
     ) -> None:
         _check(data)
         self._cache, self._seed, self._facts = cache, seed, tuple(facts)
-        self._reader = PictureReader(preprocess, cache, max_pixels, keep_bytes)
+        # Not the live teachers themselves: a process that decodes pictures has no use for their weights.
+        self._live, self._inputs = live is not None, tuple(live.inputs) if live is not None else ()
+        self._views = cache.views if live is None else live.drawn.count
+        shown = cache if live is None else _LivePictures(live.drawn, cache)
+        transforms = [one.prepare for one in self._inputs]
+        self._reader = PictureReader(preprocess, shown, max_pixels, keep_bytes, transforms)
         self._tokenizer = tokenizer
         self._tokens: dict[str, npt.NDArray[np.int32]] = {}
         self._pairs = data.pairs
@@ -206,8 +232,8 @@ class BatchMaker:
             step=step,
             pixels=pictures.pixels,
             tokens=self._encoded(texts),
-            teacher_images=self._teacher(self._cache.image_rows(keys, views) if rows else None),
-            teacher_texts=self._teacher(self._cache.text_rows(texts) if texts else None),
+            teacher_images=self._stored(len(rows), lambda: self._cache.image_rows(keys, views)),
+            teacher_texts=self._stored(len(texts), lambda: self._cache.text_rows(texts)),
             positives=_positives([pair for pair, _ in rows[: len(paired)]], texts[: len(paired)]),
             pairs=len(paired),
             keys=tuple(keys),
@@ -215,6 +241,10 @@ class BatchMaker:
             rejected=tuple(pictures.rejected),
             image_facts=_merged([known.of_images(keys, views) for known in self._facts] if rows else []),
             text_facts=_merged([known.of_texts(texts) for known in self._facts] if texts else []),
+            teacher_inputs=tuple(
+                TeacherInput(pixels, one.tokens(texts))
+                for one, pixels in zip(self._inputs, pictures.teacher_pixels, strict=True)
+            ),
         )
 
     def _plan(self, step: int) -> _Plan:
@@ -233,12 +263,17 @@ class BatchMaker:
         return _Plan(pictures, texts, pairs)
 
     def _view(self, stream: str, pair: Pair, turn: int) -> int:
+        views = self._views
+        if self._live and views > 1:  # never twice the same: the streams take the odd and the even numbers
+            return 2 * turn + (1 if stream == "batch" else 2)
         # One more step aside each round, or a picture with as many captions as views would always show the same two.
-        views = self._cache.views
         return choose(views, turn + turn // views, self._seed, "view", stream, pair.key)
 
-    def _teacher(self, rows: Vectors | None) -> Tensor:
-        return torch.tensor(np.empty((0, self._cache.dim), np.float32) if rows is None else rows, dtype=torch.float32)
+    def _stored(self, count: int, read: Callable[[], Vectors]) -> Tensor:
+        """The teacher's stored rows; of width 0 where a live teacher is still to make them."""
+        if self._live:
+            return torch.zeros(count, 0)
+        return torch.tensor(read() if count else np.empty((0, self._cache.dim), np.float32), dtype=torch.float32)
 
     def _encoded(self, texts: Sequence[str]) -> Tensor:
         """Token ids [texts, length of the longest], each text encoded once and kept."""

@@ -1,4 +1,4 @@
-"""The training loop: a student is made to embed as its teacher does, from the teacher's stored embeddings.
+"""The training loop: a student is made to embed as its teacher does, whose rows are stored or made on each batch.
 
 Whatever happens at a step is a function of the inputs, the seed and the step alone, so a run that is killed at any
 moment and started again ends with the same bits as one that was not (on a CPU, with the same number of threads).
@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from clipdistill.training import numerics
 from clipdistill.training.batch import Batch, RowFacts
 from clipdistill.training.batches import KEPT_BYTES, BatchMaker, TeacherRows, TrainingData
 from clipdistill.training.folder import TrainingFolder
+from clipdistill.training.live import LiveRows
 from clipdistill.training.metrics import Clock, Metrics
 from clipdistill.training.optimizer import (
     align_gradients,
@@ -84,6 +85,7 @@ class _Run:
     folder: TrainingFolder
     on_eval: OnEval | None
     extras: tuple[ExtraLoss, ...]
+    live: LiveRows | None
     frozen_norms: list[nn.Module]
     statistics: list[Tensor]
     device: torch.device
@@ -118,12 +120,13 @@ def distill(
     on_log: OnLog | None = None,
     extras: Sequence[ExtraLoss] = (),
     facts: Sequence[RowFacts] = (),
+    live: LiveRows | None = None,
 ) -> DualEncoder:
-    """Train a student from a teacher's stored embeddings.
+    """Train a student from a teacher's embeddings: stored, or made on each batch.
 
     Args:
         student: The student to train, in place.
-        cache: The teacher's rows of all pictures and texts in ``data``.
+        cache: The teacher's rows of all pictures and texts in ``data``; beside live teachers none of them is used.
         data: What to train on.
         objective: What to minimise; what it learns is trained with the student.
         train: The loop's settings.
@@ -136,6 +139,7 @@ def distill(
         on_log: Called with each line of the metrics.
         extras: Further losses; what they learn is trained too.
         facts: What the batches tell those of their rows.
+        live: Teachers that embed each batch, in the views that they and the student are shown of it.
 
     Returns:
         The student with its best weights by ``score`` (of equal ones the earliest), or its last without ``on_eval``.
@@ -158,11 +162,12 @@ def distill(
             objective=objective,
             train=train,
             seed=seed,
-            maker=_new_maker(student, cache, data, train, seed, facts),
+            maker=_new_maker(student, cache, data, train, seed, facts, live),
             state=state,
             folder=TrainingFolder(folder, fingerprint),
             on_eval=on_eval,
             extras=tuple(extras),
+            live=live,
             frozen_norms=norms,
             statistics=[value for part in student.module.modules() for value in _statistics(part)],
             device=device,
@@ -214,7 +219,7 @@ def _step(run: _Run, batch: Batch) -> _Outcome:
     terms = []
     parts = list(batch.parts(run.train.accumulation))
     for part in parts:
-        terms.append(_losses(run, part.to(run.device)))
+        terms.append(_losses(run, _taught(run, part.to(run.device))))
         state.scaler.scale(terms[-1].total / len(parts)).backward()  # type: ignore[no-untyped-call]
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(list(state.names), run.train.grad_clip or math.inf)
@@ -230,6 +235,15 @@ def _step(run: _Run, batch: Batch) -> _Outcome:
             value.copy_(old)
     state.scaler.update()
     return outcome
+
+
+@torch.no_grad()
+def _taught(run: _Run, batch: Batch) -> Batch:
+    """The batch with the teacher's rows: those of a live teacher are made now, at that teacher's own precision."""
+    if run.live is None:
+        return batch
+    rows = run.live.rows(batch)
+    return replace(batch, teacher_images=rows.images, teacher_texts=rows.texts)
 
 
 def _losses(run: _Run, batch: Batch) -> LossTerms:
@@ -346,9 +360,10 @@ def _note_rejected(run: _Run, batch: Batch) -> None:
     bad, asked = len(batch.rejected), len(batch.rejected) + len(batch.keys)
     if bad > max(1, MAX_REJECTED * asked) or not batch.keys:
         first = batch.rejected[0]
+        before = "They could when the cache was made: see" if run.live is None else "See"
         raise DataError(
             f"step {batch.step + 1}: {bad} of {asked} pictures cannot be read, the first {first.key} ({first.origin}): "
-            f"{first.reason}. They could when the cache was made: see that the data are still there"
+            f"{first.reason}. {before} that the data are still there"
         )
 
 
@@ -379,6 +394,7 @@ def _new_maker(
     train: TrainConfig,
     seed: int,
     facts: Sequence[RowFacts],
+    live: LiveRows | None,
 ) -> BatchMaker:
     return BatchMaker(
         student.preprocess,
@@ -390,6 +406,7 @@ def _new_maker(
         max_pixels=student.max_pixels,
         keep_bytes=0 if train.workers else KEPT_BYTES,
         facts=facts,
+        live=live,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, final
 
@@ -19,6 +19,8 @@ from clipdistill.data.records import Pair, Picture, Rejection
 from clipdistill.data.views import View, apply
 
 Pixels = npt.NDArray[np.uint8]
+Transform = Callable[[Image.Image], Tensor]
+_BLANK = Image.new("RGB", (8, 8))
 
 
 class Preparation(Protocol):
@@ -76,17 +78,33 @@ class ReadPictures:
         places: Which of the rows asked for these are.
         rejected: The others, with their reasons.
         changed: A picture that must not be trained on; then nothing else here is meant to be used.
+        teacher_pixels: The same pictures as each live teacher takes them: float32 [read, 3, height, width].
     """
 
     pixels: Tensor
     places: list[int]
     rejected: list[Rejection]
     changed: ChangedPicture | None = None
+    teacher_pixels: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """One picture as the student takes it, before normalisation, and as each live teacher does."""
+
+    pixels: Pixels
+    teachers: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.pixels.nbytes + sum(one.nbytes for one in self.teachers)
 
 
 @final
 class PictureReader:
     """Reads pictures as the student sees them, and keeps the whole ones in memory as far as there is room.
+
+    A picture is decoded once and cut to its view once, whoever looks at it.
 
     Once the memory is full nothing is dropped from it: each picture comes once an epoch, so that dropping the oldest
     would drop each just before it comes again.
@@ -96,11 +114,20 @@ class PictureReader:
         facts: The teacher cache.
         max_pixels: A picture whose header says more is refused.
         keep_bytes: How many bytes of prepared pictures may be kept; 0 = none.
+        teachers: Each live teacher's own transform.
     """
 
-    def __init__(self, preprocess: Preparation, facts: PictureFacts, max_pixels: int, keep_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        preprocess: Preparation,
+        facts: PictureFacts,
+        max_pixels: int,
+        keep_bytes: int = 0,
+        teachers: Sequence[Transform] = (),
+    ) -> None:
         self._preprocess, self._facts, self._max_pixels = preprocess, facts, max_pixels
-        self._kept: dict[str, Pixels] = {}
+        self._teachers = tuple(teachers)
+        self._kept: dict[str, _Prepared] = {}
         self._room = keep_bytes
 
     def read(self, rows: Sequence[tuple[Pair, int]]) -> ReadPictures:
@@ -109,7 +136,7 @@ class PictureReader:
         Args:
             rows: Each with the number of the view to show.
         """
-        pictures: list[Pixels] = []
+        pictures: list[_Prepared] = []
         places: list[int] = []
         rejected: list[Rejection] = []
         changed: ChangedPicture | None = None
@@ -124,11 +151,18 @@ class PictureReader:
                 break
             pictures.append(prepared)
             places.append(place)
-        # A blank picture lends its shape to a batch without any.
-        stacked = np.stack(pictures) if pictures else self._preprocess.pixels(Image.new("RGB", (8, 8)))[None][:0]
-        return ReadPictures(torch.from_numpy(self._preprocess.normalise(stacked)), places, rejected, changed)
+        return ReadPictures(self._stacked(pictures), places, rejected, changed, self._stacked_for_teachers(pictures))
 
-    def _prepared(self, pair: Pair, view: int) -> Pixels | ChangedPicture:
+    def _stacked(self, pictures: Sequence[_Prepared]) -> Tensor:
+        # A blank picture lends its shape to a batch without any.
+        shown = [one.pixels for one in pictures] or [self._preprocess.pixels(_BLANK)]
+        return torch.from_numpy(self._preprocess.normalise(np.stack(shown)[: len(pictures)]))
+
+    def _stacked_for_teachers(self, pictures: Sequence[_Prepared]) -> tuple[Tensor, ...]:
+        shown = [one.teachers for one in pictures] or [tuple(transform(_BLANK) for transform in self._teachers)]
+        return tuple(torch.stack(column)[: len(pictures)] for column in zip(*shown, strict=True))
+
+    def _prepared(self, pair: Pair, view: int) -> _Prepared | ChangedPicture:
         kept = self._kept.get(pair.key) if view == 0 else None
         if kept is not None:
             return kept
@@ -138,11 +172,12 @@ class PictureReader:
         if expected is not None and (found := fingerprint.of_bytes(data)) != expected:
             return ChangedPicture(pair.key, picture.origin, expected, found)
         image = decode(data, self._max_pixels, picture.origin)
-        pixels = self._preprocess.pixels(image if view == 0 else apply(image, self._facts.view(pair.key, view)))
-        if view == 0 and pixels.nbytes <= self._room:
-            self._room -= pixels.nbytes
-            self._kept[pair.key] = pixels
-        return pixels
+        image = image if view == 0 else apply(image, self._facts.view(pair.key, view))
+        prepared = _Prepared(self._preprocess.pixels(image), tuple(transform(image) for transform in self._teachers))
+        if view == 0 and prepared.nbytes <= self._room:
+            self._room -= prepared.nbytes
+            self._kept[pair.key] = prepared
+        return prepared
 
 
 def _bytes(picture: Picture) -> bytes:

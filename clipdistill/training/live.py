@@ -1,0 +1,76 @@
+"""Teachers that run on each batch instead of lying in a cache: every turn of a picture may be a new view."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, final
+
+from PIL import Image
+from torch import Tensor
+
+from clipdistill.data.views import View
+from clipdistill.losses.objective import Embeddings
+from clipdistill.towers.live import LiveTeacher
+from clipdistill.training.batch import Batch
+
+
+class LiveInput(Protocol):
+    """How one live teacher's input is made."""
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """A decoded picture, cut to its view: float32 [3, height, width]."""
+        ...
+
+    def tokens(self, texts: Sequence[str]) -> Tensor:
+        """Texts: int64 [texts, context]; each row depends on its text alone."""
+        ...
+
+
+class DrawnViews(Protocol):
+    """Which views of a picture are shown."""
+
+    @property
+    def count(self) -> int:
+        """1: always the whole picture; more: a new view at each turn."""
+        ...
+
+    def of(self, key: str, number: int) -> View:
+        """The part of the picture that a view shows."""
+        ...
+
+
+class LiveRows(Protocol):
+    """What training needs from teachers that run on each batch."""
+
+    @property
+    def inputs(self) -> Sequence[LiveInput]:
+        """How each teacher's input is made, in the order of the batch's ``teacher_inputs``."""
+        ...
+
+    @property
+    def drawn(self) -> DrawnViews:
+        """Which views of the pictures teacher and student are shown."""
+        ...
+
+    def rows(self, batch: Batch) -> Embeddings:
+        """The teachers' unit rows [images, D] and [texts, D] of a batch; attached where gradients are enabled."""
+        ...
+
+
+@final
+class Live:
+    """One teacher that runs on each batch: a :class:`LiveRows`.
+
+    Args:
+        teacher: The teacher.
+        drawn: Which views of the pictures it is shown.
+    """
+
+    def __init__(self, teacher: LiveTeacher, drawn: DrawnViews) -> None:
+        self.teacher, self.drawn = teacher, drawn
+        self.inputs = (teacher.preparation,)
+
+    def rows(self, batch: Batch) -> Embeddings:
+        """The teacher's unit rows [images, D] and [texts, D] of a batch; attached where gradients are enabled."""
+        (given,) = batch.teacher_inputs
+        return Embeddings(self.teacher.embed_pixels(given.pixels), self.teacher.embed_tokens(given.tokens))
