@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clipdistill.data.records import Rejection
+from clipdistill.losses.batch import Embeddings
 
 
 class RowFacts(Protocol):
@@ -57,6 +58,7 @@ class Batch:
         image_facts: Further tensors by name, row for row with the pictures.
         text_facts: Further tensors by name, row for row with the texts.
         teacher_inputs: The same pictures, in the same views, and the same texts as each live teacher takes them.
+        queue: Further rows of the teacher, the same for every part of the batch, or None.
     """
 
     step: int
@@ -72,6 +74,7 @@ class Batch:
     image_facts: Mapping[str, Tensor] = field(default_factory=dict)
     text_facts: Mapping[str, Tensor] = field(default_factory=dict)
     teacher_inputs: tuple[TeacherInput, ...] = ()
+    queue: Embeddings | None = None
 
     @property
     def samples(self) -> int:
@@ -88,6 +91,9 @@ class Batch:
             TeacherInput(one.pixels.to(device, non_blocking=True), one.tokens.to(device, non_blocking=True))
             for one in self.teacher_inputs
         )
+        if self.queue is not None:
+            sides = (self.queue.images, self.queue.texts)
+            moved["queue"] = Embeddings(*(side.to(device, non_blocking=True) for side in sides))
         return replace(self, **moved)
 
     def parts(self, count: int) -> Iterator[Batch]:
@@ -121,4 +127,5 @@ class Batch:
             image_facts={name: value[images] for name, value in self.image_facts.items()},
             text_facts={name: value[texts] for name, value in self.text_facts.items()},
             teacher_inputs=tuple(TeacherInput(one.pixels[images], one.tokens[texts]) for one in self.teacher_inputs),
+            queue=self.queue,
         )

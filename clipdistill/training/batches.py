@@ -19,6 +19,7 @@ from clipdistill.data.views import View
 from clipdistill.training.batch import Batch, RowFacts, TeacherInput
 from clipdistill.training.live import DrawnViews, LiveRows
 from clipdistill.training.pictures import PictureReader, Preparation, ReadPictures
+from clipdistill.training.queue import Queue
 from clipdistill.training.sampler import Stream, choose
 
 KEPT_BYTES = 512 << 20
@@ -140,9 +141,10 @@ class BatchMaker:
         keep_bytes: How many bytes of prepared pictures are kept in memory.
         facts: What else the batches hold of their rows.
         live: The teachers that run on each batch; None where their rows are stored.
+        queue_rows: How many of the teacher's stored pictures and texts each batch brings beside its own; 0 = none.
 
     Raises:
-        ConfigError: If a batch of a kind of rows is asked for that the data do not have.
+        ConfigError: If a batch of a kind of rows is asked for that the data do not have, or a queue of such.
         DataError: If a pair has no picture or no caption, or the weights are not one a pair.
     """
 
@@ -159,6 +161,7 @@ class BatchMaker:
         keep_bytes: int = 0,
         facts: Sequence[RowFacts] = (),
         live: LiveRows | None = None,
+        queue_rows: int = 0,
     ) -> None:
         _check(data)
         self._cache, self._seed, self._facts = cache, seed, tuple(facts)
@@ -184,6 +187,7 @@ class BatchMaker:
             for name, (batch, rows, weights) in kinds.items()
             if _wanted(name, batch, rows)
         }
+        self._queue = _new_queue(cache, data, train, seed, queue_rows) if queue_rows else None
 
     def epoch(self, steps: int) -> float:
         """How many epochs so many steps are: of the pairs, or without pairs of the pictures, or of the texts."""
@@ -245,6 +249,7 @@ class BatchMaker:
                 TeacherInput(pixels, one.tokens(texts))
                 for one, pixels in zip(self._inputs, pictures.teacher_pixels, strict=True)
             ),
+            queue=None if self._queue is None else self._queue.draw(step),
         )
 
     def _plan(self, step: int) -> _Plan:
@@ -302,6 +307,12 @@ class _Steps(Dataset[Any]):
 
     def __getitem__(self, index: int) -> ReadPictures:
         return self._maker.read_pictures(self._first + index)
+
+
+def _new_queue(cache: TeacherRows, data: TrainingData, train: TrainConfig, seed: int, rows: int) -> Queue:
+    keys, texts = list(_weighted_pictures(data)), list(_weighted_texts(data))
+    images, sentences = train.batch + train.batch_images > 0, train.batch + train.batch_texts > 0
+    return Queue(cache, keys, texts, rows, seed, images=images, sentences=sentences)
 
 
 def _merged(parts: Sequence[Mapping[str, npt.NDArray[np.generic]]]) -> dict[str, Tensor]:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from clipdistill.config import TrainConfig
 from clipdistill.core.errors import ConfigError, DataError
 from clipdistill.core.progress import progress
-from clipdistill.losses.objective import Embeddings, ExtraTerm, LossTerms, Objective, Targets
+from clipdistill.losses.objective import Embeddings, ExtraTerm, LossTerms, LossWeights, Objective, Targets
 from clipdistill.towers.student import DualEncoder
 from clipdistill.training import numerics
 from clipdistill.training.batch import Batch, RowFacts
 from clipdistill.training.batches import KEPT_BYTES, BatchMaker, TeacherRows, TrainingData
 from clipdistill.training.folder import TrainingFolder
 from clipdistill.training.live import LiveRows
+from clipdistill.training.masking import mask_patches, statistics_at_rest
 from clipdistill.training.metrics import Clock, Metrics
 from clipdistill.training.optimizer import (
     align_gradients,
@@ -162,7 +163,7 @@ def distill(
             objective=objective,
             train=train,
             seed=seed,
-            maker=_new_maker(student, cache, data, train, seed, facts, live),
+            maker=_new_maker(student, cache, data, train, seed, facts, live, objective.weights),
             state=state,
             folder=TrainingFolder(folder, fingerprint),
             on_eval=on_eval,
@@ -257,9 +258,20 @@ def _losses(run: _Run, batch: Batch) -> LossTerms:
     projected = Embeddings(student.to_teacher(own.images, "image"), student.to_teacher(own.texts, "text"))
     teacher = Embeddings(batch.teacher_images, batch.teacher_texts)
     extra = [term for one in run.extras for term in one.terms(student, batch, own)]
-    targets = Targets(teacher, batch.positives, batch.pairs)
-    terms: LossTerms = run.objective(own, projected, targets, extra=extra)
+    targets = Targets(teacher, batch.positives, batch.pairs, batch.queue)
+    share = batch.step / run.train.steps
+    # Behind the further losses, which watch what the student does with the whole pictures.
+    masked = _masked(run, batch) if len(batch.pixels) and run.objective.wants_masked(share) else None
+    terms: LossTerms = run.objective(own, projected, targets, masked=masked, extra=extra, share=share)
     return terms
+
+
+def _masked(run: _Run, batch: Batch) -> Tensor:
+    """The student's embeddings, in the teacher's width, of the batch's pictures with most patches masked."""
+    student, ratio = run.student, run.objective.weights.mask_ratio
+    pixels = mask_patches(batch.pixels, batch.keys, ratio, run.seed, batch.step)
+    with statistics_at_rest(student.module), numerics.autocast(run.precision, run.device):
+        return student.to_teacher(student.embed_pixels(pixels), "image")
 
 
 def _evaluate(run: _Run, metrics: Metrics) -> None:
@@ -395,6 +407,7 @@ def _new_maker(
     seed: int,
     facts: Sequence[RowFacts],
     live: LiveRows | None,
+    weights: LossWeights,
 ) -> BatchMaker:
     return BatchMaker(
         student.preprocess,
@@ -407,6 +420,7 @@ def _new_maker(
         keep_bytes=0 if train.workers else KEPT_BYTES,
         facts=facts,
         live=live,
+        queue_rows=weights.queue_rows if weights.queue else 0,
     )
 
 

@@ -91,8 +91,7 @@ class Stream:
         return rows[order], turns[order]
 
     def _permutation(self, epoch: int, purpose: str) -> Rows:
-        words = _words(self.rows, self.seed, self.name, epoch, purpose)
-        return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+        return permutation(self.rows, self.seed, self.name, epoch, purpose)
 
 
 def choose(count: int, turn: int, *names: object) -> int:
@@ -104,6 +103,16 @@ def choose(count: int, turn: int, *names: object) -> int:
         names: Seed, purpose and key.
     """
     return 0 if count == 1 else (_number(*names) + turn) % count
+
+
+def permutation(count: int, *names: object) -> Rows:
+    """An order of ``count`` things that depends on the names alone: [count] numbers from 0.
+
+    Args:
+        count: How many there are.
+        names: Seed, purpose, step and key.
+    """
+    return np.argsort(_words(count, *names), kind="stable").astype(np.int64, copy=False)
 
 
 def seed_of(*names: object) -> int:

@@ -66,9 +66,10 @@ class Teacher:
         return (row / np.linalg.norm(row)).astype(np.float32)
 
 
-def objective(**weights: float) -> Objective:
+def objective(**weights: object) -> Objective:
     chosen = weights or {"clip": 1.0, "affinity": 1.0, "feature_cosine": 8.0, "interactive": 1.0}
-    return Objective(LossWeights(**chosen), TeacherScale(Teacher.scale, Teacher.bias))
+    teacher = TeacherScale(Teacher.scale, Teacher.bias)
+    return Objective(LossWeights(**chosen), teacher, dim=16, teacher_dim=TEACHER_DIM)
 
 
 def settings(**changes: object) -> TrainConfig:
