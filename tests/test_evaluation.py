@@ -367,3 +367,27 @@ def test_the_table_shows_a_line_for_each_ranking(report):
         assert column in text
     row = next(r for r in report.rows if (r.measure, r.k, r.pairing, r.search) == ("retention", 10, "student", "exact"))
     assert f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" in text
+
+
+def test_embeddings_cut_to_a_width_are_pairings_of_their_own():
+    rng = np.random.default_rng(0)
+    pairs = [Pair(f"k{n}", Picture(f"m{n}", data=b"x"), (f"text {n}",)) for n in range(30)]
+    rows = judged("test", pairs)
+
+    def unit(count, dim):
+        found = rng.standard_normal((count, dim)).astype(np.float32)
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+    teacher = Embedded(unit(30, 16), unit(30, 16), "t")
+    whole = Embedded(teacher.images, teacher.texts, "s")
+    short = Embedded(
+        *(part[:, :4] / np.linalg.norm(part[:, :4], axis=1, keepdims=True) for part in (whole.images, whole.texts)), "s"
+    )
+    report = evaluate_embedded(rows, whole, teacher=teacher, narrower={4: (short, whole)}, ks=(1, 5))
+    alone = evaluate_embedded(rows, short, teacher=teacher, student_in_teacher=whole, ks=(1, 5))
+    for pairing in ("student", "student_query_teacher_index"):
+        for measure in ("success", "overlap", "retention"):
+            found = report.value(measure=measure, k=5, pairing=f"{pairing}@4")
+            assert found == alone.value(measure=measure, k=5, pairing=pairing)
+    assert report.value(measure="overlap", k=5, pairing="student@4") < 1
+    assert report.value(measure="overlap", k=5, pairing="student_query_teacher_index@4") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        faults = [*_train_faults(self), *_loss_faults(self), *_mode_faults(self), *_set_faults(self)]
+        faults = [
+            *_train_faults(self),
+            *_loss_faults(self),
+            *_mode_faults(self),
+            *_set_faults(self),
+            *_width_faults(self),
+        ]
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -140,6 +147,14 @@ def _mutual_faults(config: RunConfig) -> Iterator[str]:
         yield f'teacher.precision: train.mode = "mutual" trains the teacher in fp32, not in {found}'
     if not config.train.batch:
         yield 'train.batch: train.mode = "mutual" needs pairs: the teacher learns its own task from them'
+
+
+def _width_faults(config: RunConfig) -> Iterator[str]:
+    dims, dim = config.student.dims, config.student.dim
+    if any(wide <= narrow for wide, narrow in pairwise(dims)):
+        yield f"student.dims: must fall from the full width on, got {list(dims)}"
+    if dims and dim is not None and dim != dims[0]:
+        yield f"student.dims: begins with {dims[0]}, but student.dim is {dim}: leave student.dim out, or begin with it"
 
 
 def _set_faults(config: RunConfig) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,7 @@ def evaluate_embedded(
     *,
     teacher: Embedded | None = None,
     student_in_teacher: Embedded | None = None,
+    narrower: Mapping[int, tuple[Embedded, Embedded | None]] | None = None,
     factory: str | None = None,
     ks: Sequence[int] = (1, 5, 10),
     seed: int = 0,
@@ -103,6 +104,8 @@ def evaluate_embedded(
         teacher: The teacher's; None = the ground truth alone.
         student_in_teacher: The student's, mapped to the teacher's width, to search the teacher's gallery with; None =
             the student's own where the widths are equal, and else that pairing is left out (and the protocol says so).
+        narrower: By width, the student's embeddings cut to it, and the same mapped to the teacher's width or None:
+            pairings of their own, ``student@64`` and ``student_query_teacher_index@64``.
         factory: A FAISS factory string to measure through as well, or ``auto``; None = exact search alone.
         ks: The cut-offs.
         seed: Of the bootstrap.
@@ -114,6 +117,9 @@ def evaluate_embedded(
     cutoffs = _checked_ks(ks)
     directions = directions_of(judged, labelled_only=teacher is None)
     pairings, left_out = _pairings(student, teacher, student_in_teacher)
+    for width, (short, mapped) in (narrower or {}).items():
+        cut = _pairings(short, teacher, mapped)[0]
+        pairings |= {f"{name}@{width}": pair for name, pair in cut.items() if name != TEACHER}
     for who in {id(part): part for pair in pairings.values() for part in pair}.values():
         check_embedded(judged, who)
     rows: list[ReportRow] = []

@@ -39,6 +39,7 @@ _LABELS: Mapping[tuple[str, bool], str] = {
     (STUDENT, False): "student, through",
 }
 _HEADLINE_K = 10
+_WIDEST = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +145,20 @@ def _table(name: str, direction: str, rows: Sequence[ReportRow]) -> ResultTable:
     return ResultTable(name, direction, title, protocol, tuple(columns), lines, k)
 
 
-def _place(kind: tuple[str, str]) -> tuple[int, bool, str]:
-    """The order in which recall is lost: teacher, student's queries, student; each index after its exact search."""
+def _place(kind: tuple[str, str]) -> tuple[int, int, bool, str]:
+    """The order in which recall is lost: teacher, student's queries, student, each the widest first, then its index."""
     order = (TEACHER, QUERY_SIDE, STUDENT)
     pairing, search = kind
-    return order.index(pairing) if pairing in order else len(order), search != EXACT, search
+    whole, _, width = pairing.partition("@")
+    place = order.index(whole) if whole in order else len(order)
+    return place, -int(width) if width.isdigit() else -_WIDEST, search != EXACT, search
 
 
 def _label(pairing: str, search: str) -> str:
-    label = _LABELS.get((pairing, search == EXACT), pairing.replace("_", " "))
+    whole, _, width = pairing.partition("@")
+    label = _LABELS.get((whole, search == EXACT), whole.replace("_", " "))
+    if width:  # embeddings cut to a width: who asks or answers comes first in the label
+        label = label.replace("student", f"student at {width}", 1)
     return label if search == EXACT else f"{label} {search.removeprefix(INDEX_PREFIX)}"
 
 

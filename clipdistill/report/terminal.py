@@ -46,7 +46,10 @@ def _results(table: ResultTable) -> Table:
 
 
 def _name(line: Line) -> Text:
-    name = _NAMES.get(line.pairing, line.pairing)
+    whole, _, width = line.pairing.partition("@")
+    name = _NAMES.get(whole, whole)
+    if width:
+        name = name.replace("student", f"student@{width}", 1)
     return Text(name if line.search == EXACT else f"{name}, index")
 
 

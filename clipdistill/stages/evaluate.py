@@ -14,6 +14,7 @@ from clipdistill.evaluation import Embedded, RetrievalReport, evaluate_embedded,
 from clipdistill.speed import compare_speed
 from clipdistill.stages.inputs import RunData
 from clipdistill.stages.workspace import Workspace
+from clipdistill.towers.matryoshka import cut_vectors
 from clipdistill.towers.student import DualEncoder
 from clipdistill.towers.teacher import Teacher
 
@@ -38,14 +39,29 @@ def evaluate_set(
     rows = judged(name, pairs)
     own = Embedded(student.encode_images(rows.pictures), student.encode_texts(rows.texts), student.fingerprint)
     teacher = Embedded(cache.image_rows(rows.keys), cache.text_rows(rows.texts), cache.fingerprint)
-    projected = None
-    if student.projection is not None:
-        projected = Embedded(
-            student.to_teacher_vectors(own.images, "image"),
-            student.to_teacher_vectors(own.texts, "text"),
-            student.fingerprint,
-        )
-    return evaluate_embedded(rows, own, teacher=teacher, student_in_teacher=projected, factory=factory, ks=ks, seed=0)
+    narrower = {dim: _with_projected(student, _cut(own, dim)) for dim in student.dims[1:]}
+    return evaluate_embedded(
+        rows,
+        own,
+        teacher=teacher,
+        student_in_teacher=_with_projected(student, own)[1],
+        narrower=narrower,
+        factory=factory,
+        ks=ks,
+        seed=0,
+    )
+
+
+def _cut(embedded: Embedded, dim: int) -> Embedded:
+    return Embedded(cut_vectors(embedded.images, dim), cut_vectors(embedded.texts, dim), embedded.fingerprint)
+
+
+def _with_projected(student: DualEncoder, own: Embedded) -> tuple[Embedded, Embedded | None]:
+    """A student's embeddings, and the same in the teacher's space; None where they are in it already."""
+    if student.projection is None:
+        return own, None
+    images, texts = student.to_teacher_vectors(own.images, "image"), student.to_teacher_vectors(own.texts, "text")
+    return own, Embedded(images, texts, own.fingerprint)
 
 
 def evaluate(

@@ -23,6 +23,7 @@ from clipdistill.stages.inputs import RunData, drawn_views
 from clipdistill.stages.workspace import Workspace
 from clipdistill.towers.build import build_student
 from clipdistill.towers.live import LiveTeacher
+from clipdistill.towers.matryoshka import principal_axes
 from clipdistill.towers.student import DualEncoder
 from clipdistill.towers.teacher import Teacher
 from clipdistill.training.batches import TrainingData
@@ -31,6 +32,7 @@ from clipdistill.training.loop import distill
 
 _log = logging.getLogger("clipdistill")
 _TOP = 10
+_AXES_ROWS = 20_000  # of each modality: the axes of more rows are no other ones
 
 
 def loss_weights(config: LossConfig) -> LossWeights:
@@ -53,10 +55,11 @@ def new_objective(config: LossConfig, student: DualEncoder, cache: TeacherCache)
 def new_student(config: RunConfig, data: RunData, cache: TeacherCache, teacher: Teacher | None) -> DualEncoder:
     """Build the untrained student of a configuration."""
     student = config.student
+    dim = student.dim or (student.dims[0] if student.dims else cache.dim)
     return build_student(
         image=student.image,
         text=student.text,
-        dim=student.dim or cache.dim,
+        dim=dim,
         teacher_dim=cache.dim,
         image_init=student.image_init,
         text_init=student.text_init,
@@ -67,8 +70,29 @@ def new_student(config: RunConfig, data: RunData, cache: TeacherCache, teacher: 
         vocab_size=student.vocab_size,
         teacher=teacher,
         seed=config.seed,
+        dims=student.dims,
+        axes=_axes(data, cache, dim) if len(student.dims) > 1 else None,
         max_pixels=config.data.max_pixels,
     )
+
+
+def _axes(data: RunData, cache: TeacherCache, dim: int) -> Any:
+    """The teacher's principal axes, for embeddings that can be cut: [D, up to dim].
+
+    Over the training rows, or ``val``'s where those alone are stored (live teachers); None where neither are.
+    """
+    for name in ("train", "val"):
+        pairs = data.sets[name].pairs if name in data.sets else ()
+        keys = _spread([pair.key for pair in pairs if cache.has_image(pair.key)])
+        texts = _spread([text for text in dict.fromkeys(t for p in pairs for t in p.captions) if cache.has_text(text)])
+        if keys or texts:
+            rows = np.concatenate([cache.image_rows(keys), cache.text_rows(texts)])
+            return principal_axes(rows, min(dim, cache.dim))
+    return None
+
+
+def _spread(names: list[str]) -> list[str]:
+    return names[:: max(1, len(names) // _AXES_ROWS)]
 
 
 def vocabulary_texts(data: RunData) -> list[str]:

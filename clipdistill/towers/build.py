@@ -51,6 +51,8 @@ def build_student(
     teacher: TeacherParts | None = None,
     logit_scale: float | None = None,
     logit_bias: float | None = None,
+    dims: Sequence[int] = (),
+    axes: Tensor | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> DualEncoder:
     """Build an untrained student, a function of its arguments alone.
@@ -73,6 +75,8 @@ def build_student(
             pruned from CLIP's.
         logit_scale: exp(logit_scale) at first; None takes CLIP's 1 / 0.07.
         logit_bias: SigLIP's bias at first; None for a model without one.
+        dims: The widths that its embeddings can be cut to, the first ``dim``; with several it always has a projection.
+        axes: Where the projection begins [teacher_dim, up to dim]; None draws a rotation.
         max_pixels: Pictures that claim more are refused.
 
     Returns:
@@ -111,8 +115,10 @@ def build_student(
     if image_init == "pretrained":
         weights.fill_image(model.visual, picture, image_weights, pretrained)
     _fill_text(model.text, plan, vocabulary.teacher_ids, seed)
-    maps = None if dim == teacher_dim else projections(dim, teacher_dim, seed)
-    student = DualEncoder(model, model_cfg, tokenizer, _preprocess(plan), projection=maps, max_pixels=max_pixels)
+    maps = None if dim == teacher_dim and len(dims) < 2 else projections(dim, teacher_dim, seed, axes)
+    student = DualEncoder(
+        model, model_cfg, tokenizer, _preprocess(plan), projection=maps, dims=dims, max_pixels=max_pixels
+    )
     student.module.eval()
     return student
 

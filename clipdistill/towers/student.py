@@ -20,6 +20,7 @@ from clipdistill.data.pictures import decode
 from clipdistill.data.records import Picture
 from clipdistill.towers import context
 from clipdistill.towers.encoder import Vectors
+from clipdistill.towers.matryoshka import sliced
 from clipdistill.towers.preprocess import Preprocess
 from clipdistill.towers.tokenizer import StudentTokenizer, Tokens
 
@@ -42,7 +43,9 @@ class DualEncoder:
         model_cfg: The ``model_cfg`` that open_clip makes that model from.
         tokenizer: Its tokenizer.
         preprocess: Its preprocessing.
-        projection: ``image`` and ``text`` linear maps to the teacher's space; None where both widths are equal.
+        projection: ``image`` and ``text`` linear maps to the teacher's space; None where both widths are equal and
+            there is one width alone.
+        dims: The widths that its embeddings can be cut to, falling, the first its own; none = its own alone.
         max_pixels: Pictures that claim more are refused.
     """
 
@@ -54,6 +57,7 @@ class DualEncoder:
         preprocess: Preprocess,
         *,
         projection: nn.ModuleDict | None = None,
+        dims: Sequence[int] = (),
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.model: Any = model
@@ -63,6 +67,7 @@ class DualEncoder:
             {"model": model} if projection is None else {"model": model, "projection": projection}
         )
         self._model_cfg = deepcopy(dict(model_cfg))
+        self.dims = tuple(dims) or (self.dim,)
         self._memory_format = torch.channels_last if prefers_channels_last(model) else torch.contiguous_format
         self.module.to(memory_format=self._memory_format)
 
@@ -122,10 +127,10 @@ class DualEncoder:
         return F.normalize(context.encode_by_length(self.model, tokens).float(), dim=-1)
 
     def to_teacher(self, embeddings: Tensor, side: Side) -> Tensor:
-        """Map embeddings to the teacher's space, differentiably; the identity where both have one width.
+        """Map embeddings to the teacher's space, differentiably; the identity where there is no map.
 
         Args:
-            embeddings: float [rows, dim].
+            embeddings: float [rows, dim], or cut to one of ``dims``: the map's first columns are used then.
             side: Which tower they are from.
 
         Returns:
@@ -133,7 +138,8 @@ class DualEncoder:
         """
         if self.projection is None:
             return embeddings
-        return F.normalize(self.projection[side](embeddings), dim=-1)
+        weight = self.projection.get_parameter(f"{side}.weight")
+        return F.normalize(F.linear(embeddings, weight[:, : embeddings.shape[1]]), dim=-1)
 
     def to_teacher_vectors(self, vectors: Vectors, side: Side) -> Vectors:
         """Map stored embeddings to the teacher's space: float32 [rows, teacher_dim], unit rows."""
@@ -196,6 +202,39 @@ class DualEncoder:
             if bias is not None:
                 self.model.logit_bias.fill_(bias)
 
+    def truncate(self, dim: int) -> DualEncoder:
+        """A student of its own whose embeddings are this one's first entries, made unit again.
+
+        Its last layers are this student's first rows, so it is smaller, and an ordinary open_clip model.
+
+        Args:
+            dim: One of ``dims``.
+
+        Raises:
+            ConfigError: If the student was not trained for this width, or its last layer cannot be cut.
+        """
+        if dim not in self.dims:
+            known = ", ".join(map(str, self.dims))
+            raise ConfigError(f"dim: {dim} is not a width that the student was trained for ({known}): student.dims")
+        model_cfg = {**self._model_cfg, "embed_dim": dim}
+        model = assemble(model_cfg)
+        model.load_state_dict(sliced(self.model.state_dict(), model.state_dict()))
+        projection = None
+        if self.projection is not None:
+            projection = projections(dim, self.teacher_dim)
+            projection.load_state_dict(sliced(self.projection.state_dict(), projection.state_dict()))
+        narrower = DualEncoder(
+            model,
+            model_cfg,
+            self.tokenizer,
+            self.preprocess,
+            projection=projection,
+            dims=[width for width in self.dims if width <= dim],
+            max_pixels=self.max_pixels,
+        ).to(self.device)
+        narrower.module.eval()
+        return narrower
+
     def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
         """Write the student as a folder that open_clip loads as ``local-dir:FOLDER``.
 
@@ -215,6 +254,7 @@ class DualEncoder:
                 "fingerprint": self.fingerprint,
                 "dim": self.dim,
                 "teacher_dim": self.teacher_dim,
+                "dims": list(self.dims),
                 "parameters": self.parameters,
                 "extra": dict(extra or {}),
             }
@@ -245,13 +285,19 @@ class DualEncoder:
             ) from fault
         model.load_state_dict(load_file(folder / WEIGHTS))
         projection = None
-        if values["teacher_dim"] != values["dim"]:
+        if (folder / PROJECTION).exists():
             projection = projections(values["dim"], values["teacher_dim"])
             projection.load_state_dict(load_file(folder / PROJECTION))
         tokenizer = StudentTokenizer.load(folder)
         preprocess = Preprocess.from_open_clip(config["preprocess_cfg"])
         student = DualEncoder(
-            model, config["model_cfg"], tokenizer, preprocess, projection=projection, max_pixels=max_pixels
+            model,
+            config["model_cfg"],
+            tokenizer,
+            preprocess,
+            projection=projection,
+            dims=values.get("dims", ()),
+            max_pixels=max_pixels,
         )
         if student.fingerprint != values["fingerprint"]:
             raise MismatchError(str(folder), "fingerprint", values["fingerprint"], student.fingerprint, _REMEDY)
@@ -284,10 +330,19 @@ def assemble(model_cfg: Mapping[str, Any], seed: int = 0) -> nn.Module:
     return model
 
 
-def projections(dim: int, teacher_dim: int, seed: int = 0) -> nn.ModuleDict:
-    """Linear maps from the student's space to the teacher's, at first one and the same rotation for both sides."""
+def projections(dim: int, teacher_dim: int, seed: int = 0, axes: Tensor | None = None) -> nn.ModuleDict:
+    """Linear maps from the student's space to the teacher's, at first one and the same rotation for both sides.
+
+    Args:
+        dim: The student's width.
+        teacher_dim: The teacher's.
+        seed: Decides the rotation.
+        axes: The rotation itself [teacher_dim, dim], such as the teacher's principal axes; None draws one.
+    """
     with seeded(seed):
         rotation = nn.init.orthogonal_(torch.empty(teacher_dim, dim))
+        if axes is not None:
+            rotation[:, : axes.shape[1]] = axes  # a student wider than its teacher keeps drawn columns for the rest
         maps = {side: nn.Linear(dim, teacher_dim, bias=False) for side in ("image", "text")}
     for linear in maps.values():
         linear.weight.data.copy_(rotation)

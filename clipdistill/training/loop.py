@@ -21,6 +21,7 @@ from clipdistill.config import TrainConfig
 from clipdistill.core.errors import ConfigError, DataError
 from clipdistill.core.progress import progress
 from clipdistill.losses.objective import Embeddings, ExtraTerm, LossTerms, LossWeights, Objective, Targets
+from clipdistill.towers.matryoshka import cut
 from clipdistill.towers.student import DualEncoder
 from clipdistill.training import numerics
 from clipdistill.training.batch import Batch, RowFacts
@@ -257,12 +258,15 @@ def _losses(run: _Run, batch: Batch) -> LossTerms:
     own = Embeddings(images, texts)
     projected = Embeddings(student.to_teacher(own.images, "image"), student.to_teacher(own.texts, "text"))
     teacher = Embeddings(batch.teacher_images, batch.teacher_texts)
+    narrower = [_narrower(student, own, dim) for dim in student.dims[1:]]
     extra = [term for one in run.extras for term in one.terms(student, batch, own)]
     targets = Targets(teacher, batch.positives, batch.pairs, batch.queue)
     share = batch.step / run.train.steps
     # Behind the further losses, which watch what the student does with the whole pictures.
     masked = _masked(run, batch) if len(batch.pixels) and run.objective.wants_masked(share) else None
-    terms: LossTerms = run.objective(own, projected, targets, masked=masked, extra=extra, share=share)
+    terms: LossTerms = run.objective(
+        own, projected, targets, masked=masked, narrower=narrower, extra=extra, share=share
+    )
     return terms
 
 
@@ -272,6 +276,12 @@ def _masked(run: _Run, batch: Batch) -> Tensor:
     pixels = mask_patches(batch.pixels, batch.keys, ratio, run.seed, batch.step)
     with statistics_at_rest(student.module), numerics.autocast(run.precision, run.device):
         return student.to_teacher(student.embed_pixels(pixels), "image")
+
+
+def _narrower(student: DualEncoder, own: Embeddings, dim: int) -> tuple[Embeddings, Embeddings]:
+    """The embeddings cut to a width, and the same in the teacher's space."""
+    short = Embeddings(cut(own.images, dim), cut(own.texts, dim))
+    return short, Embeddings(student.to_teacher(short.images, "image"), student.to_teacher(short.texts, "text"))
 
 
 def _evaluate(run: _Run, metrics: Metrics) -> None:
