@@ -156,6 +156,22 @@ def search(
 
 
 @app.command()
+def sweep(config: Run, overrides: Overrides = None, out: Out = None, as_json: Json = False) -> None:
+    """Train the run again and again with some keys changed, and say which of them matter.
+
+    Start the command several times with one --out for several workers; start it again to go on after a kill.
+    """
+    from clipdistill.sweep import run_sweep, sweep_lines
+
+    base, workspace = config.parent.resolve(), _workspace(config, overrides, out)
+    result = run_sweep(workspace.config, workspace.folder, base)
+    _print(*sweep_lines(result), f"report: {workspace.folder / 'sweep.html'}")
+    _finish(result, as_json)
+    if not any(trial["state"] == "complete" for trial in result["trials"]):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
 def report(config: Run, overrides: Overrides = None, out: Out = None, as_json: Json = False) -> None:
     """Write the run's report page from its measured figures."""
     from clipdistill.stages.run import make_report

@@ -14,7 +14,7 @@ LAYERS = (
     {"cache", "evaluation", "search", "speed"},
     {"training", "report"},
     {"stages", "doctor", "demo_teacher"},
-    {"demo"},
+    {"demo", "sweep"},
     {"cli"},
     {"__init__", "__main__"},
 )

@@ -11,7 +11,7 @@ SIGNATURES = {
     "distill": "student cache data objective train seed folder on_eval resume fingerprint on_log extras facts live",
     "evaluate": "encoder pairs name teacher index ks seed to_teacher",
 }
-VERBS = ["cache", "demo", "doctor", "evaluate", "index", "inspect", "report", "run", "search", "train"]
+VERBS = ["cache", "demo", "doctor", "evaluate", "index", "inspect", "report", "run", "search", "sweep", "train"]
 
 
 def test_the_public_names():

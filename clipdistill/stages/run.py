@@ -14,17 +14,21 @@ from clipdistill.stages.index import build_index
 from clipdistill.stages.inputs import RunData, load_data, open_cache, open_teacher
 from clipdistill.stages.train import train
 from clipdistill.stages.workspace import Workspace
+from clipdistill.training.loop import OnLog
 
 STAGES = ("cache", "train", "index", "evaluate", "report")
 
 
-def run(workspace: Workspace, *, until: str = "report", force: bool = False) -> dict[str, Any]:
+def run(
+    workspace: Workspace, *, until: str = "report", force: bool = False, on_log: OnLog | None = None
+) -> dict[str, Any]:
     """Do the stages of a run up to one of them.
 
     Args:
         workspace: The run.
         until: The last stage: one of ``STAGES``.
         force: Make that stage again although it is done; the stages before it are kept.
+        on_log: Called with each line of the training's metrics; what it raises ends the training.
 
     Returns:
         The report's plain values where the run was evaluated, else what the last stage made, in a few facts.
@@ -36,7 +40,7 @@ def run(workspace: Workspace, *, until: str = "report", force: bool = False) -> 
     if until == "cache":
         facts = {key: cache.facts.get(key) for key in ("pictures", "texts", "dim", "views", "teacher")}
         return {**facts, "folder": str(cache.folder), "fingerprint": cache.fingerprint}
-    student = train(workspace, data, cache, teacher, force=force and until == "train")
+    student = train(workspace, data, cache, teacher, force=force and until == "train", on_log=on_log)
     if until == "train":
         return {
             "folder": str(workspace.student),

@@ -28,7 +28,7 @@ from clipdistill.towers.student import DualEncoder
 from clipdistill.towers.teacher import Teacher
 from clipdistill.training.batches import TrainingData
 from clipdistill.training.live import Live, LiveRows
-from clipdistill.training.loop import distill
+from clipdistill.training.loop import OnLog, distill
 
 _log = logging.getLogger("clipdistill")
 _TOP = 10
@@ -102,7 +102,13 @@ def vocabulary_texts(data: RunData) -> list[str]:
 
 
 def train(
-    workspace: Workspace, data: RunData, cache: TeacherCache, teacher: Teacher | None, *, force: bool = False
+    workspace: Workspace,
+    data: RunData,
+    cache: TeacherCache,
+    teacher: Teacher | None,
+    *,
+    force: bool = False,
+    on_log: OnLog | None = None,
 ) -> DualEncoder:
     """Distil the student of a run, going on from its last checkpoint.
 
@@ -113,6 +119,7 @@ def train(
         teacher: The live teacher: its tokenizer and token table are where ``inherit`` begins, and it embeds each batch
             unless ``train.mode`` is ``cached``.
         force: Train again from the start.
+        on_log: Called with each line of the metrics; what it raises ends the training.
 
     Returns:
         The student that agrees best with the teacher's ranking on ``val``, as saved in the run's ``student`` folder.
@@ -147,6 +154,7 @@ def train(
         folder=workspace.training,
         on_eval=validation(data, cache),
         fingerprint=fingerprint.of_value(made_from),
+        on_log=on_log,
         live=live_teacher(config, teacher),
     )
     student.save(workspace.student)
