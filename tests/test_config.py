@@ -92,6 +92,82 @@ def test_faults(base, sections, message):
     assert any(message in fault for fault in faults(base, **sections)), faults(base, **sections)
 
 
+def ensemble(*members, **more):
+    return {"teacher": {"members": list(members), **more}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (ensemble({"model": "ViT-B-32"}), "teacher.members needs two teachers or more; for one give teacher.model"),
+        (ensemble({"model": "a"}, {"model": "b"}, model="c"), "teacher.model and teacher.embeddings do not go with it"),
+        (ensemble({"model": "a"}, {"model": "b"}, logit_scale=9), "teacher.logit_scale: give each of teacher.members"),
+        (ensemble({"model": "a"}, {}), "teacher.members.1: give each member either model or embeddings"),
+        (ensemble({"model": "a"}, {"embeddings": "pictures"}), "teacher.members.1: a member's embeddings need its"),
+        (ensemble({"model": "a"}, {"model": "b", "weight": 0}), "teacher.members.1.weight: input should be greater"),
+        (ensemble({"model": "a", "scale": -1}, {"model": "b"}), "teacher.members.0.scale: input should be greater"),
+        (ensemble({"model": "a"}, {"model": "b", "logit_scale": 9}), "a model brings its own logit_scale"),
+        (
+            ensemble({"model": "a"}, {"embeddings": "pictures", "logit_scale": 9, "device": "cpu"}),
+            "teacher.members.1: embeddings are there already, so device would do nothing",
+        ),
+        (
+            ensemble({"model": "a"}, {"model": "a", "weight": 2}),
+            "teacher.members.1: the same teacher as teacher.members.0",
+        ),
+        (
+            ensemble({"model": "a", "pretrained": "x/best.pt"}, {"model": "a", "pretrained": "y/best.pt"}),
+            "teacher.members.1.cache: a:best.pt would store its embeddings in the same place as teacher.members.0",
+        ),
+        (
+            ensemble({"model": "a", "cache": "c/d"}, {"model": "b", "cache": "./c"}),
+            "teacher.members.1.cache: b would store its embeddings in the same place as teacher.members.0 (./c)",
+        ),
+        (ensemble({"model": "a"}, {"model": "b"}, combine="mean"), "teacher.combine: 'mean' is not one of logits,"),
+        ({"teacher": {"model": "a", "combine": "embeddings"}}, "teacher.combine says how teacher.members are combined"),
+        (
+            ensemble({"model": "a"}, {"embeddings": "no", "logit_scale": 9}),
+            "teacher.members.1.embeddings: no such file",
+        ),
+        (
+            {**ensemble({"model": "a"}, {"model": "b"}), "train": {"mode": "mutual"}},
+            "trains one teacher with the student",
+        ),
+        ({**ensemble({"model": "a"}, {"model": "b"}), "student": {"image": "teacher"}}, "keeps one teacher's picture"),
+        (
+            {**ensemble({"model": "a"}, {"embeddings": "pictures", "logit_scale": 9}), "cache": {"views": 2}},
+            "cache.views: 2, but teacher.members.1 (pictures) is a folder of embeddings",
+        ),
+        (
+            {**ensemble({"model": "a"}, {"embeddings": "pictures", "logit_scale": 9}), "train": {"mode": "live"}},
+            'teacher.members.1: train.mode = "live" runs the teacher, and embeddings are no teacher to run',
+        ),
+    ],
+)
+def test_faults_of_an_ensemble(base, sections, message):
+    assert any(message in fault for fault in faults(base, **sections)), faults(base, **sections)
+
+
+def test_members_take_paths_from_the_files_folder_and_read_back_equal(base):
+    (base / "weights.pt").touch()
+    config = parse(
+        base,
+        **ensemble(
+            {"model": "local-dir:pictures", "weight": 2, "cache": "one"},
+            {"model": "ViT-B-32", "pretrained": "weights.pt"},
+            {"embeddings": "pictures/../pictures", "logit_scale": 100},
+            device="cpu",
+        ),
+    )
+    first, second, third = config.teacher.members
+    assert (first.model, first.cache) == (f"local-dir:{base}/pictures", str(base / "one"))
+    assert second.pretrained == str(base / "weights.pt")
+    assert third.embeddings == str(base / "pictures/../pictures")
+    assert [member.folder for member in config.teacher.members] == ["pictures", "ViT-B-32_weights.pt", "pictures"]
+    (base / "resolved.toml").write_text(config.to_toml())
+    assert RunConfig.load(base / "resolved.toml") == config
+
+
 def test_checks_add_their_faults(base):
     with pytest.raises(ConfigError) as caught:
         RunConfig.parse({**BASE, "nmae": 1}, base, checks=[lambda raw, _: [f"teacher: {raw['teacher']['model']}!"]])

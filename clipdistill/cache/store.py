@@ -175,6 +175,11 @@ class TeacherCache:
         return len(self._images)
 
     @property
+    def widest(self) -> int:
+        """The width that a student takes where none is asked for: this teacher's own."""
+        return self.dim
+
+    @property
     def dtype(self) -> str:
         """The precision of the stored rows: ``float16`` or ``float32``."""
         return (self._images[0] if self._images and len(self._images[0]) else self._texts).dtype

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 from clipdistill.config.data import LISTS, DataConfig, Sources
 from clipdistill.config.student import StudentConfig
-from clipdistill.config.teacher import CacheConfig, TeacherConfig
+from clipdistill.config.teacher import CacheConfig, MemberConfig, TeacherConfig
+
+_FOLDER = "local-dir:"
 
 
 class Sections(Protocol):
@@ -34,13 +36,26 @@ def _paths(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 path = item.get("path") if isinstance(item, Mapping) else item
                 if isinstance(path, str):
                     yield dotted, path
-    for section, key in (("teacher", "embeddings"), ("student", "image_weights")):
-        value = raw.get(section)
-        if isinstance(value, Mapping) and isinstance(value.get(key), str):
-            yield f"{section}.{key}", value[key]
+    student = raw.get("student")
+    if isinstance(student, Mapping) and isinstance(student.get("image_weights"), str):
+        yield "student.image_weights", student["image_weights"]
+    for dotted, teacher in raw_teachers(raw):
+        if isinstance(teacher.get("embeddings"), str):
+            yield f"{dotted}.embeddings", teacher["embeddings"]
+        if str(teacher.get("model", "")).startswith(_FOLDER):
+            yield f"{dotted}.model", str(teacher["model"]).removeprefix(_FOLDER)
+
+
+def raw_teachers(raw: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The raw configuration's teachers, one or the members of an ensemble, each with its dotted path."""
     teacher = raw.get("teacher")
-    if isinstance(teacher, Mapping) and str(teacher.get("model", "")).startswith("local-dir:"):
-        yield "teacher.model", str(teacher["model"]).removeprefix("local-dir:")
+    if not isinstance(teacher, Mapping):
+        return
+    yield "teacher", teacher
+    members = teacher.get("members")
+    for number, member in enumerate(members if isinstance(members, list | tuple) else ()):
+        if isinstance(member, Mapping):
+            yield f"teacher.members.{number}", member
 
 
 def missing_files(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
@@ -65,23 +80,30 @@ def anchored(config: Sections, base: Path) -> dict[str, Any]:
     def sources(items: Sources) -> Sources:
         return tuple(item.model_copy(update={"path": anchor(item.path), "root": anchor(item.root)}) for item in items)
 
+    def model(text: str | None) -> str | None:
+        return _FOLDER + str(base / text.removeprefix(_FOLDER)) if text and text.startswith(_FOLDER) else text
+
+    def weights(text: str | None) -> str | None:
+        return anchor(text) if text and (base / text).is_file() else text
+
+    def named(teacher: TeacherConfig | MemberConfig) -> dict[str, str | None]:
+        return {
+            "model": model(teacher.model),
+            "pretrained": weights(teacher.pretrained),
+            "embeddings": anchor(teacher.embeddings),
+        }
+
     data, teacher, student = config.data, config.teacher, config.student
-    model = teacher.model
-    if model and model.startswith("local-dir:"):
-        model = "local-dir:" + str(base / model.removeprefix("local-dir:"))
+    members = tuple(
+        member.model_copy(update={**named(member), "cache": anchor(member.cache)}) for member in teacher.members
+    )
     lists = {name: sources(getattr(data, name)) for name in LISTS}
     tests = {name: sources(items) for name, items in data.test.items()}
-    weights = teacher.pretrained
-    if weights and (base / weights).is_file():
-        weights = str(base / weights)
-    own = student.pretrained
-    if own and (base / own).is_file():
-        own = str(base / own)
     return {
         "data": data.model_copy(update={**lists, "test": tests}),
-        "teacher": teacher.model_copy(
-            update={"model": model, "pretrained": weights, "embeddings": anchor(teacher.embeddings)}
-        ),
+        "teacher": teacher.model_copy(update={**named(teacher), "members": members}),
         "cache": config.cache.model_copy(update={"folder": anchor(config.cache.folder)}),
-        "student": student.model_copy(update={"image_weights": anchor(student.image_weights), "pretrained": own}),
+        "student": student.model_copy(
+            update={"image_weights": anchor(student.image_weights), "pretrained": weights(student.pretrained)}
+        ),
     }

@@ -48,13 +48,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        faults = [
-            *_train_faults(self),
-            *_loss_faults(self),
-            *_mode_faults(self),
-            *_set_faults(self),
-            *_width_faults(self),
-        ]
+        checks = (_train_faults, _loss_faults, _mode_faults, _set_faults, _width_faults, _ensemble_faults)
+        faults = [fault for check in checks for fault in check(self)]
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -169,6 +164,24 @@ def _set_faults(config: RunConfig) -> Iterator[str]:
     for name in config.data.test:
         if name in ("train", "val") or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             yield f"data.test.{name}: not a name for an evaluation set (letters, digits, - and _; not train or val)"
+
+
+def _ensemble_faults(config: RunConfig) -> Iterator[str]:
+    """What an ensemble of teachers cannot do."""
+    members = config.teacher.members
+    if not members:
+        return
+    if config.student.image == "teacher":
+        yield 'student.image: "teacher" keeps one teacher\'s picture tower, and teacher.members names several'
+    if config.features.image or config.features.text:
+        yield "features: blocks are distilled from one teacher, and teacher.members names several"
+    for number, member in enumerate(members):
+        if member.embeddings is not None and config.cache.views > 1:
+            where = f"teacher.members.{number} ({member.name})"
+            yield (
+                f"cache.views: {config.cache.views}, but {where} is a folder of embeddings, which are "
+                "of whole pictures only: set cache.views = 1"
+            )
 
 
 def _validated(raw: dict[str, Any], base: Path, checks: Sequence[Check], faults: list[str]) -> RunConfig:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os.path
+import re
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -24,9 +29,25 @@ class MemberConfig(Section):
     """How much it counts, against the other members' weights."""
     scale: Above0 | None = None
     """The inverse temperature that its cosines get in the ensemble; none = its own exp(logit_scale)."""
-    batch: Positive = 64
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    device: str = "auto"
+    batch: Positive | None = None
+    """None = ``teacher.batch``, and so for the next two."""
+    precision: Literal["fp32", "fp16", "bf16"] | None = None
+    device: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called: ``ViT-B-32:openai``, or the last part of its path."""
+        if self.embeddings is not None:
+            return PurePath(self.embeddings).name
+        model = self.model or ""
+        if model.startswith("local-dir:"):
+            return PurePath(model.removeprefix("local-dir:")).name
+        return f"{model}:{PurePath(self.pretrained).name}" if self.pretrained else model
+
+    @property
+    def folder(self) -> str:
+        """The name of its own folder in the run's cache."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "_", self.name.removeprefix("hf-hub:")).strip(".") or "member"
 
     @model_validator(mode="after")
     def _one_origin(self) -> MemberConfig:
@@ -34,6 +55,12 @@ class MemberConfig(Section):
             raise ValueError("give each member either model or embeddings")
         if self.embeddings is not None and self.logit_scale is None:
             raise ValueError("a member's embeddings need its logit_scale (exp of the model's own, 100.0 for most)")
+        idle = ("logit_scale", "logit_bias") if self.model else ("pretrained", "cache", "batch", "precision", "device")
+        given = [name for name in idle if getattr(self, name) is not None]
+        if given and self.model:
+            raise ValueError(f"a model brings its own {' and '.join(given)}; to sharpen or soften it, give scale")
+        if given:
+            raise ValueError(f"embeddings are there already, so {', '.join(given)} would do nothing: leave it out")
         return self
 
 
@@ -62,6 +89,8 @@ class TeacherConfig(Section):
     def _one_origin(self) -> TeacherConfig:
         if self.members:
             return self._ensemble()
+        if self.combine != "logits":
+            raise ValueError("teacher.combine says how teacher.members are combined, and there are none")
         if (self.model is None) == (self.embeddings is None):
             raise ValueError("give either teacher.model or teacher.embeddings")
         if self.embeddings is not None and self.logit_scale is None:
@@ -71,13 +100,45 @@ class TeacherConfig(Section):
         return self
 
     def _ensemble(self) -> TeacherConfig:
-        if self.model is not None or self.embeddings is not None:
-            raise ValueError(
-                "teacher.members makes an ensemble: teacher.model and teacher.embeddings do not go with it"
-            )
-        if len(self.members) < 2:
-            raise ValueError("teacher.members needs two teachers or more; for one give teacher.model")
+        faults = [*_alone_faults(self), *_pair_faults(self.members)]
+        if faults:
+            raise ValueError("\n".join(faults))
         return self
+
+
+def _alone_faults(teacher: TeacherConfig) -> Iterator[str]:
+    """What is said of one teacher, and does not go with several."""
+    if teacher.model is not None or teacher.embeddings is not None:
+        yield "teacher.members makes an ensemble: teacher.model and teacher.embeddings do not go with it"
+    if len(teacher.members) < 2:
+        yield "teacher.members needs two teachers or more; for one give teacher.model"
+    for name in ("pretrained", "logit_scale", "logit_bias"):
+        if getattr(teacher, name) is not None:
+            yield f"teacher.{name}: give each of teacher.members its own"
+
+
+def _pair_faults(members: tuple[MemberConfig, ...]) -> Iterator[str]:
+    """Members that are the same teacher twice, or that would store their embeddings in one place."""
+    for (i, one), (j, other) in combinations(enumerate(members), 2):
+        if _origin(one) == _origin(other):
+            yield f"teacher.members.{j}: the same teacher as teacher.members.{i}; name it once, with its weight"
+        elif one.model and other.model and _overlap(one, other):
+            yield (
+                f"teacher.members.{j}.cache: {other.name} would store its embeddings in the same place as "
+                f"teacher.members.{i} ({other.cache or other.folder}); give it a cache folder of its own"
+            )
+
+
+def _origin(member: MemberConfig) -> tuple[str | None, ...]:
+    paths = [os.path.normpath(path) if path else None for path in (member.embeddings, member.model)]
+    return (*paths, member.pretrained)
+
+
+def _overlap(one: MemberConfig, other: MemberConfig) -> bool:
+    if one.cache is None or other.cache is None:
+        return one.cache is None and other.cache is None and one.folder == other.folder
+    mine, theirs = (PurePath(os.path.normpath(path)) for path in (one.cache, other.cache))
+    return mine.is_relative_to(theirs) or theirs.is_relative_to(mine)
 
 
 class CacheConfig(Section):

@@ -45,7 +45,7 @@ class MismatchError(ValueError):
     exit_code = EXIT_MISMATCH
 
     def __init__(self, what: str, field: str, expected: object, found: object, remedy: str) -> None:
-        self.what, self.field, self.expected, self.found = what, field, expected, found
+        self.what, self.field, self.expected, self.found, self.remedy = what, field, expected, found, remedy
         super().__init__(f"{what}: {field} does not match: expected {expected}, found {found}. {remedy}")
 
 

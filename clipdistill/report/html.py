@@ -15,6 +15,7 @@ from clipdistill.data.records import Picture
 from clipdistill.evaluation import RetrievalReport
 from clipdistill.report import tables
 from clipdistill.report.figures import Size, recall_budget, size_against_recall, training_curves
+from clipdistill.report.members import member_headings, member_tables
 from clipdistill.report.panel import Drawing
 from clipdistill.report.strips import SHOWN, Choice, choose, strips_of, thumbnails
 from clipdistill.report.tables import QUERY_SIDE, STUDENT, TEACHER, TEXT_TO_IMAGE, ResultTable
@@ -95,6 +96,8 @@ def render(
             sizes=_size_figure(report, results),
             teacher=tables.both(report, "sizes")[0].get("name") or TEACHER,
             comparisons=tables.comparisons(report),
+            members=member_tables(report, results),
+            member_headings=member_headings,
             curves=training_curves(metrics),
             choices={name: choice for name, choice in choices.items() if choice.best or choice.worst},
             shown_hits=SHOWN,

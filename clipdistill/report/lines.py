@@ -128,6 +128,18 @@ def _distances(row: Mapping[str, Any], whose: str) -> str:
 
 def _cost_lines(cost: Mapping[str, Any]) -> Iterator[str]:
     yield "cost:"
+    members = cost.get("members", ())
+    for part in members or (cost,):
+        yield from _teacher_lines(part)
+    if members:
+        yield f"  all {len(members)} teachers: {cost['teacher_parameters'] / 1e6:.1f} M parameters"
+    if "estimated_seconds" in cost:
+        yield f"  cache: {cost['cache_bytes'] / 1e6:.1f} MB of embeddings"
+        done = " (it is cached already: nothing to pay)" if cost["cached_already"] else ""
+        yield f"  estimated: {duration(cost['estimated_seconds'])} = {cost['estimated_hours']:.2f} hours{done}"
+
+
+def _teacher_lines(cost: Mapping[str, Any]) -> Iterator[str]:
     if "pictures_per_s" not in cost:
         yield f"  the teacher's embeddings are adopted from {cost['teacher']}: no teacher is run"
         return
@@ -136,9 +148,6 @@ def _cost_lines(cost: Mapping[str, Any]) -> Iterator[str]:
         f"  {cost['picture_passes']} picture passes at {cost['pictures_per_s']:.1f} a second, "
         f"{cost['text_passes']} text passes at {cost['texts_per_s']:.1f} a second (measured now)"
     )
-    yield f"  cache: {cost['cache_bytes'] / 1e6:.1f} MB of embeddings"
-    done = " (it is cached already: nothing to pay)" if cost["cached_already"] else ""
-    yield f"  estimated: {duration(cost['estimated_seconds'])} = {cost['estimated_hours']:.2f} hours{done}"
 
 
 def _number(value: Any) -> str:

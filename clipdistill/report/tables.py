@@ -138,7 +138,7 @@ def _table(name: str, direction: str, rows: Sequence[ReportRow]) -> ResultTable:
     values = {(row.pairing, row.search, row.measure, 0 if row.measure == "rbo" else row.k): row for row in rows}
     kinds = sorted({(row.pairing, row.search) for row in rows}, key=_place)
     lines = tuple(
-        Line(_label(*kind), *kind, tuple(_cell(values.get((*kind, *column))) for column in columns)) for kind in kinds
+        Line(_label(*kind), *kind, tuple(cell_of(values.get((*kind, *column))) for column in columns)) for kind in kinds
     )
     title, query, gallery = DIRECTIONS.get(direction, (direction, "", "items"))
     protocol = f"{rows[0].queries:,} {query} queries, each against {rows[0].gallery:,} {gallery}"
@@ -162,7 +162,8 @@ def _label(pairing: str, search: str) -> str:
     return label if search == EXACT else f"{label} {search.removeprefix(INDEX_PREFIX)}"
 
 
-def _cell(row: ReportRow | None) -> Cell:
+def cell_of(row: ReportRow | None) -> Cell:
+    """A measured value as text; ``n/a`` where there is none."""
     if row is None or not _is_number(row.value):
         return _NOTHING
     show = share if row.measure == "retention" else decimal

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from clipdistill.evaluation import RetrievalReport
 from clipdistill.report import tables
+from clipdistill.report.members import MemberTable, member_headings, member_tables
 from clipdistill.report.tables import EXACT, QUERY_SIDE, STUDENT, TEACHER, Cell, Line, ResultTable
 
 _LEFT_TO_THE_PAGE = ("recall", "rbo", "teacher_top1")
@@ -33,6 +34,9 @@ def summary(report: Mapping[str, Any]) -> list[Table | Text | str]:
         found += [Text(title, style="bold"), _results(table), ""]
     if results:
         found += [_NOTE, ""]
+    for members in member_tables(report, results):
+        found += [Text(f"{members.set}: {members.title.lower()}, the teachers", style="bold"), _members(members)]
+        found += [Text(members.finding), ""] if members.finding else [""]
     return [*found, _comparison(report), "", *map(Text, tables.headline(report, results))]
 
 
@@ -55,6 +59,17 @@ def _name(line: Line) -> Text:
 
 def _cell(cell: Cell, measure: str) -> Text:
     return Text(f"{cell.text} {cell.interval}".strip() if measure == "retention" else cell.text)
+
+
+def _members(table: MemberTable) -> Table:
+    headings = member_headings(table.k)
+    columns = [headings.index(name) for name in ("weight", f"success@{table.k}", "of the ensemble's")]
+    shown = _table([headings[place] for place in columns])
+    for line in table.lines:
+        success, kept, overlap = line.cells
+        texts = [*line.facts, success.text, f"{kept.text} {kept.interval}".strip(), overlap.text]
+        shown.add_row(Text(line.name), *(Text(texts[place]) for place in columns))
+    return shown
 
 
 def _comparison(report: Mapping[str, Any]) -> Table:

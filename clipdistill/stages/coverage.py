@@ -12,7 +12,8 @@ from clipdistill.data.pictures import decode
 from clipdistill.data.records import Pair, Picture
 from clipdistill.evaluation.coverage import MAX_QUERIES, MAX_ROWS, Coverage, cover
 from clipdistill.retrieval.exact import Vectors
-from clipdistill.stages.inputs import RunData, stored_cache
+from clipdistill.stages.inputs import RunData
+from clipdistill.stages.teachers import WholeTeacher, stored_rows, whole_teacher
 from clipdistill.stages.workspace import Workspace
 from clipdistill.towers.teacher import Teacher
 
@@ -36,14 +37,14 @@ class Embeddings(Protocol):
 
 
 def coverage(
-    workspace: Workspace, data: RunData, teacher: Teacher | None, pictures_per_s: float, texts_per_s: float
+    workspace: Workspace, data: RunData, teachers: Sequence[Teacher | None], pictures_per_s: float, texts_per_s: float
 ) -> dict[str, Any]:
     """Measure how well ``train`` (with the unpaired rows) covers ``val`` and each evaluation set.
 
     Args:
         workspace: The run.
         data: Its rows.
-        teacher: The live teacher, or None where embeddings are adopted.
+        teachers: The live teacher, or the ensemble's; None for each whose embeddings are adopted.
         pictures_per_s: The live teacher's rate; 0 where it was not measured.
         texts_per_s: The same.
 
@@ -57,14 +58,15 @@ def coverage(
     if not asked or not data.sets.get("train"):
         return _result(None, "a training set and a set to cover are needed")
     try:
-        cache, note = stored_cache(workspace, data, teacher), "there is no teacher cache yet"
+        cache, note = stored_rows(workspace, data.pairs, data.texts, teachers), "there is no teacher cache yet"
     except (DataError, MismatchError) as fault:
         cache, note = None, f"the stored embeddings do not fit: {fault}"
     if cache is not None:
         refused = {row.key for row in cache.rejected}
         asked = {name: [pair for pair in pairs if pair.key not in refused] for name, pairs in asked.items()}
         measured = _measured(data.without(refused), asked, cache, MAX_ROWS, MAX_QUERIES)
-        return _result("cache" if teacher else "embeddings", None, measured)
+        return _result("embeddings" if cache.facts.get("adopted") else "cache", None, measured)
+    teacher = whole_teacher(workspace.config, teachers)
     if teacher is None:
         return _result(None, note)
     rows = SAMPLE_ROWS + SAMPLE_QUERIES * len(asked)
@@ -85,7 +87,7 @@ def evenly(items: Sequence[Item], most: int) -> list[Item]:
 class _Live:
     """A live teacher asked by key: pictures that cannot be read are left out, as the cache would refuse them."""
 
-    def __init__(self, teacher: Teacher, data: RunData) -> None:
+    def __init__(self, teacher: WholeTeacher, data: RunData) -> None:
         self._teacher = teacher
         self._pictures = {pair.key: pair.picture for pair in data.pairs}
 
@@ -96,7 +98,7 @@ class _Live:
         return self._teacher.encode_texts(texts)
 
 
-def readable(teacher: Teacher, pictures: Sequence[Picture | None]) -> list[Picture]:
+def readable(teacher: WholeTeacher, pictures: Sequence[Picture | None]) -> list[Picture]:
     """The pictures that decode: one bad row must not spoil an estimate; it is refused, with its reason, when cached."""
     good = []
     for picture in pictures:

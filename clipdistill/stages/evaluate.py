@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from clipdistill.cache import TeacherCache
+from clipdistill.cache import AnyCache, EnsembleCache
 from clipdistill.config import evaluation_sets
 from clipdistill.core import files, fingerprint, manifest
 from clipdistill.core.errors import ConfigError
@@ -13,10 +13,11 @@ from clipdistill.data.records import Pair
 from clipdistill.evaluation import Embedded, RetrievalReport, evaluate_embedded, judged
 from clipdistill.speed import compare_speed
 from clipdistill.stages.inputs import RunData
+from clipdistill.stages.members import measure_members
+from clipdistill.stages.teachers import WholeTeacher
 from clipdistill.stages.workspace import Workspace
 from clipdistill.towers.matryoshka import cut_vectors
 from clipdistill.towers.student import DualEncoder
-from clipdistill.towers.teacher import Teacher
 
 SCHEMA = "clipdistill.run-report/1"
 _log = logging.getLogger("clipdistill")
@@ -24,7 +25,7 @@ _TIMED_PICTURES, _TIMED_TEXTS = 64, 512
 
 
 def evaluate_set(
-    name: str, pairs: tuple[Pair, ...], student: DualEncoder, cache: TeacherCache, *, factory: str, ks: tuple[int, ...]
+    name: str, pairs: tuple[Pair, ...], student: DualEncoder, cache: AnyCache, *, factory: str, ks: tuple[int, ...]
 ) -> RetrievalReport:
     """Measure a student on one set, exactly and through an index, against the truth and the teacher's cached rows.
 
@@ -67,9 +68,9 @@ def _with_projected(student: DualEncoder, own: Embedded) -> tuple[Embedded, Embe
 def evaluate(
     workspace: Workspace,
     data: RunData,
-    cache: TeacherCache,
+    cache: AnyCache,
     student: DualEncoder,
-    teacher: Teacher | None,
+    teacher: WholeTeacher | None,
     *,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -105,6 +106,9 @@ def evaluate(
         "student_fingerprint": student.fingerprint,
         "libraries": manifest.libraries(),
     }
+    if isinstance(cache, EnsembleCache):
+        sets = {name: data.sets[name].pairs for name in evaluation_sets(config)}
+        report["members"] = measure_members(cache, sets, teacher, ks=config.evaluate.ks)
     files.write_json(workspace.report_json, report)
     workspace.mark_done("evaluate", made_from)
     return report
@@ -119,14 +123,14 @@ def _counts(data: RunData) -> dict[str, Any]:
     return {"sets": sets, **rest}
 
 
-def _sizes(student: DualEncoder, teacher: Teacher | None, cache: TeacherCache) -> dict[str, Any]:
+def _sizes(student: DualEncoder, teacher: WholeTeacher | None, cache: AnyCache) -> dict[str, Any]:
     known = {"name": cache.facts["teacher"]["name"], "dim": cache.dim}
     large = {"parameters": teacher.parameters, "megabytes": teacher.parameters * 4 / 1e6} if teacher else {}
     small = {"parameters": student.parameters, "megabytes": student.parameters * 4 / 1e6, "dim": student.dim}
     return {"teacher": {**known, **large}, "student": small}
 
 
-def _speeds(data: RunData, student: DualEncoder, teacher: Teacher | None) -> dict[str, Any]:
+def _speeds(data: RunData, student: DualEncoder, teacher: WholeTeacher | None) -> dict[str, Any]:
     """Rates on the run's own pictures and texts; the teacher's only where it is live."""
     pairs = next((source.pairs for source in reversed(list(data.sets.values())) if len(source)), ())
     pictures = [pair.picture for pair in pairs[:_TIMED_PICTURES] if pair.picture is not None]

@@ -1,23 +1,24 @@
-"""From the configuration to live objects: the data's sets, the teacher, and its cache."""
+"""From the configuration to live objects: the data's sets, and the teacher's embeddings of them."""
 
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clipdistill.cache import TeacherCache, Views, adopt, fill
+from clipdistill.cache import AnyCache
 from clipdistill.config import RunConfig, Sources, evaluation_sets
+from clipdistill.config.paths import raw_teachers
 from clipdistill.core import fingerprint
 from clipdistill.core.errors import ConfigError
 from clipdistill.data.records import Pair, Rejection
 from clipdistill.data.sources import Source, SourceSpec, check_rejections, load_source, write_rejections
 from clipdistill.data.splits import share_of_source, split_source
+from clipdistill.stages.teachers import open_rows
 from clipdistill.stages.workspace import Workspace
-from clipdistill.towers.teacher import Teacher, load_teacher, name_faults
+from clipdistill.towers.teacher import Teacher, name_faults
 
 _log = logging.getLogger("clipdistill")
 
@@ -84,13 +85,13 @@ def name_checks(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
     """Faults in the names of models, for :meth:`RunConfig.load`; nothing is loaded."""
     from clipdistill.towers.build import student_faults
 
-    teacher = raw.get("teacher")
-    if isinstance(teacher, Mapping) and isinstance(teacher.get("model"), str):
-        model, tag = teacher["model"], teacher.get("pretrained")
+    for section, teacher in raw_teachers(raw):
+        model, tag = teacher.get("model"), teacher.get("pretrained")
+        if not isinstance(model, str) or model.startswith("local-dir:"):
+            continue  # the missing-file check has looked at the folder already
         if isinstance(tag, str) and (base / tag).is_file():
             tag = str(base / tag)
-        if not model.startswith("local-dir:"):  # the missing-file check has looked at the folder already
-            yield from name_faults(model, tag if isinstance(tag, str) else None)
+        yield from name_faults(model, tag if isinstance(tag, str) else None, section)
     student = raw.get("student")
     names = student if isinstance(student, Mapping) else {}
     image, text = names.get("image", "nano"), names.get("text", "nano")
@@ -143,28 +144,9 @@ def check_limit(workspace: Workspace, data: RunData, rejected: tuple[Rejection, 
     check_rejections(len(rejected), total, workspace.config.data.max_rejected, str(workspace.rejected), rejected)
 
 
-def open_teacher(config: RunConfig) -> Teacher | None:
-    """Load the teacher, or None where only its embeddings are given."""
-    teacher = config.teacher
-    if teacher.model is None:
-        return None
-    return load_teacher(
-        teacher.model,
-        teacher.pretrained,
-        precision=teacher.precision,
-        device=teacher.device,
-        max_pixels=config.data.max_pixels,
-    )
-
-
-def drawn_views(config: RunConfig) -> Views:
-    """How the views of the training pictures are drawn."""
-    return Views(config.cache.views, config.cache.view_seed, config.cache.view_scale)
-
-
 def open_cache(
-    workspace: Workspace, data: RunData, teacher: Teacher | None, *, force: bool = False
-) -> tuple[TeacherCache, RunData]:
+    workspace: Workspace, data: RunData, teachers: Sequence[Teacher | None], *, force: bool = False
+) -> tuple[AnyCache, RunData]:
     """The teacher's stored embeddings: adopted, reused after a check and a live probe, or filled.
 
     They are of all data, or of the measured sets alone where the teacher runs while the student trains.
@@ -172,7 +154,7 @@ def open_cache(
     Args:
         workspace: The run.
         data: Its rows.
-        teacher: The live teacher; None only where embeddings are adopted.
+        teachers: The live teacher, or the ensemble's members; None for each whose embeddings are adopted.
         force: Build it again.
 
     Returns:
@@ -181,33 +163,8 @@ def open_cache(
     Raises:
         MismatchError: If the stored cache does not match.
     """
-    config = workspace.config
-    if teacher is None:
-        return _adopted(workspace, data), data
-    views, (pairs, texts) = drawn_views(config), data.stored(config)
-    folder = workspace.cache
-    if force and folder.exists() and any(folder.iterdir()):
-        _clear(folder)
-    if (folder / "manifest.json").exists():
-        cache = TeacherCache.open(folder)
-        cache.check_teacher(teacher)
-        if config.train.mode == "cached":  # else only the whole pictures' rows are used, which every cache has
-            cache.check_views(views)
-        cache.check_dtype(config.cache.dtype)
-        cache.check_data(pairs, texts)
-        least = cache.probe(teacher, pairs, rows=config.cache.probe_rows, cosine=config.cache.probe_cosine)
-        _log.info("teacher cache: %s, kept; least cosine with the live teacher %.6f", folder, least)
-    else:
-        cache = fill(
-            folder,
-            teacher,
-            pairs,
-            texts,
-            views=views if config.train.mode == "cached" else Views(),
-            shard_rows=config.cache.shard_rows,
-            batch=config.teacher.batch,
-            dtype=config.cache.dtype,
-        )
+    pairs, texts = data.stored(workspace.config)
+    cache = open_rows(workspace, pairs, texts, teachers, force=force)
     refused = {row.key for row in cache.rejected}
     kept = data.without(refused)
     mine = tuple(row for row in cache.rejected if row.key in {pair.key for pair in data.pairs})
@@ -215,51 +172,6 @@ def open_cache(
         write_rejections(workspace.rejected, (*data.rejected, *mine))
         check_limit(workspace, kept, (*data.rejected, *mine))
     return cache, kept
-
-
-def stored_cache(workspace: Workspace, data: RunData, teacher: Teacher | None) -> TeacherCache | None:
-    """The teacher's embeddings of all data as far as they are there already; None where they were never stored.
-
-    Args:
-        workspace: The run.
-        data: Its rows.
-        teacher: The live teacher; None only where embeddings are adopted.
-
-    Raises:
-        DataError: If they cannot be read.
-        MismatchError: If they are of another teacher or lack rows of the data.
-    """
-    if teacher is None:
-        return _adopted(workspace, data)
-    if not (workspace.cache / "manifest.json").exists():
-        return None
-    cache = TeacherCache.open(workspace.cache)
-    cache.check_teacher(teacher)
-    cache.check_data(data.pairs, data.texts)
-    return cache
-
-
-def _adopted(workspace: Workspace, data: RunData) -> TeacherCache:
-    teacher = workspace.config.teacher
-    cache = adopt(
-        Path(teacher.embeddings or ""),
-        data.pairs,
-        logit_scale=teacher.logit_scale or 0.0,
-        logit_bias=teacher.logit_bias,
-    )
-    cache.check_data(data.pairs, data.texts)
-    return cache
-
-
-def _clear(folder: Path) -> None:
-    """Remove a cache, finished or not; a folder that is not one is left alone.
-
-    Raises:
-        MismatchError: If the folder holds something else.
-    """
-    if not (folder / "plan.json").exists():
-        TeacherCache.open(folder, verify=False)
-    shutil.rmtree(folder)
 
 
 def _load(config: RunConfig, sources: Sources, kind: Any, taken: set[str]) -> Source:

@@ -11,7 +11,8 @@ from clipdistill.core.errors import DataError
 from clipdistill.report.html import write_report
 from clipdistill.stages.evaluate import evaluate
 from clipdistill.stages.index import build_index
-from clipdistill.stages.inputs import RunData, load_data, open_cache, open_teacher
+from clipdistill.stages.inputs import RunData, load_data, open_cache
+from clipdistill.stages.teachers import open_teachers, whole_teacher
 from clipdistill.stages.train import train
 from clipdistill.stages.workspace import Workspace
 from clipdistill.training.loop import OnLog
@@ -35,12 +36,12 @@ def run(
     """
     workspace.begin()
     data = load_data(workspace)
-    teacher = open_teacher(workspace.config)
-    cache, data = open_cache(workspace, data, teacher, force=force and until == "cache")
+    teachers = open_teachers(workspace.config)
+    cache, data = open_cache(workspace, data, teachers, force=force and until == "cache")
     if until == "cache":
         facts = {key: cache.facts.get(key) for key in ("pictures", "texts", "dim", "views", "teacher")}
         return {**facts, "folder": str(cache.folder), "fingerprint": cache.fingerprint}
-    student = train(workspace, data, cache, teacher, force=force and until == "train", on_log=on_log)
+    student = train(workspace, data, cache, teachers, force=force and until == "train", on_log=on_log)
     if until == "train":
         return {
             "folder": str(workspace.student),
@@ -51,6 +52,7 @@ def run(
     if until == "index":
         index = build_index(workspace, data, student, force=force)
         return {"folder": str(workspace.index), "vectors": len(index), "factory": index.factory}
+    teacher = whole_teacher(workspace.config, teachers)
     report = evaluate(workspace, data, cache, student, teacher, force=force)
     if until == "evaluate":
         return report

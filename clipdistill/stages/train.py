@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clipdistill.cache import TeacherCache
+from clipdistill.cache import AnyCache, EnsembleCache
 from clipdistill.config import LossConfig, RunConfig
 from clipdistill.core import fingerprint
 from clipdistill.core.errors import ConfigError
 from clipdistill.evaluation import Judged, judged
+from clipdistill.losses.batch import Member
 from clipdistill.losses.objective import LossWeights, Objective, TeacherScale
 from clipdistill.losses.presets import PRESETS
 from clipdistill.retrieval.exact import exact_top_k
 from clipdistill.retrieval.measures import overlap_at_k
-from clipdistill.stages.inputs import RunData, drawn_views
+from clipdistill.stages.inputs import RunData
+from clipdistill.stages.teachers import drawn_views, first_teacher, whole_teacher
 from clipdistill.stages.workspace import Workspace
 from clipdistill.towers.build import build_student
+from clipdistill.towers.ensemble import EnsembleTeacher
 from clipdistill.towers.live import LiveTeacher
 from clipdistill.towers.matryoshka import principal_axes
 from clipdistill.towers.student import DualEncoder
 from clipdistill.towers.teacher import Teacher
 from clipdistill.training.batches import TrainingData
-from clipdistill.training.live import Live, LiveRows
+from clipdistill.training.live import Live, LiveEnsemble, LiveRows
 from clipdistill.training.loop import OnLog, distill
 
 _log = logging.getLogger("clipdistill")
@@ -42,20 +45,29 @@ def loss_weights(config: LossConfig) -> LossWeights:
     return dataclasses.replace(PRESETS[config.preset], **changed)
 
 
-def new_objective(config: LossConfig, student: DualEncoder, cache: TeacherCache) -> Objective:
+def new_objective(config: LossConfig, student: DualEncoder, cache: AnyCache) -> Objective:
     """What a student of a teacher's stored embeddings is trained to minimise."""
     return Objective(
         loss_weights(config),
-        TeacherScale(cache.scale, cache.bias),
+        teacher_scale(cache),
         dim=student.dim,
         teacher_dim=student.teacher_dim,
     )
 
 
-def new_student(config: RunConfig, data: RunData, cache: TeacherCache, teacher: Teacher | None) -> DualEncoder:
+def teacher_scale(cache: AnyCache) -> TeacherScale:
+    """How a teacher turns cosines into logits: an ensemble as one teacher, or each of its members for itself."""
+    members: tuple[Member, ...] = ()
+    if isinstance(cache, EnsembleCache) and cache.ensemble.form == "probabilities":
+        parts = zip(cache.ensemble.columns, cache.ensemble.members, strict=True)
+        members = tuple(Member(columns, facts.scale, facts.weight) for columns, facts in parts)
+    return TeacherScale(cache.scale, cache.bias, members)
+
+
+def new_student(config: RunConfig, data: RunData, cache: AnyCache, teacher: Teacher | None) -> DualEncoder:
     """Build the untrained student of a configuration."""
     student = config.student
-    dim = student.dim or (student.dims[0] if student.dims else cache.dim)
+    dim = student.dim or (student.dims[0] if student.dims else cache.widest)
     return build_student(
         image=student.image,
         text=student.text,
@@ -76,7 +88,7 @@ def new_student(config: RunConfig, data: RunData, cache: TeacherCache, teacher: 
     )
 
 
-def _axes(data: RunData, cache: TeacherCache, dim: int) -> Any:
+def _axes(data: RunData, cache: AnyCache, dim: int) -> Any:
     """The teacher's principal axes, for embeddings that can be cut: [D, up to dim].
 
     Over the training rows, or ``val``'s where those alone are stored (live teachers); None where neither are.
@@ -104,8 +116,8 @@ def vocabulary_texts(data: RunData) -> list[str]:
 def train(
     workspace: Workspace,
     data: RunData,
-    cache: TeacherCache,
-    teacher: Teacher | None,
+    cache: AnyCache,
+    teachers: Sequence[Teacher | None],
     *,
     force: bool = False,
     on_log: OnLog | None = None,
@@ -116,8 +128,8 @@ def train(
         workspace: The run.
         data: Its rows.
         cache: The teacher's embeddings of them.
-        teacher: The live teacher: its tokenizer and token table are where ``inherit`` begins, and it embeds each batch
-            unless ``train.mode`` is ``cached``.
+        teachers: The live teacher, or the ensemble's: the first one's tokenizer and token table are where ``inherit``
+            begins, and all of them embed each batch unless ``train.mode`` is ``cached``.
         force: Train again from the start.
         on_log: Called with each line of the metrics; what it raises ends the training.
 
@@ -135,13 +147,13 @@ def train(
         "train": fingerprint.of_value(config.train.model_dump(mode="json", exclude={"workers", "log_every"})),
         "data": data.fingerprint,
         "teacher cache": cache.fingerprint,
-        **_live_inputs(config, teacher),
+        **_live_inputs(config, teachers),
     }
     if workspace.is_done("train", made_from, workspace.student, force=force):
         return DualEncoder.load(workspace.student)
     if force:
         _restart(workspace)
-    student = new_student(config, data, cache, teacher)
+    student = new_student(config, data, cache, first_teacher(teachers))
     objective = new_objective(config.loss, student, cache)
     objective.check(has_pairs=config.train.batch > 0)
     student = distill(
@@ -155,24 +167,28 @@ def train(
         on_eval=validation(data, cache),
         fingerprint=fingerprint.of_value(made_from),
         on_log=on_log,
-        live=live_teacher(config, teacher),
+        live=live_teacher(config, teachers),
     )
     student.save(workspace.student)
     workspace.mark_done("train", made_from)
     return student
 
 
-def live_teacher(config: RunConfig, teacher: Teacher | None) -> LiveRows | None:
-    """The teacher as the loop runs it on each batch; None where the student learns from its stored embeddings."""
+def live_teacher(config: RunConfig, teachers: Sequence[Teacher | None]) -> LiveRows | None:
+    """The teachers as the loop runs them on each batch; None where the student learns from stored embeddings."""
     if config.train.mode == "cached":
         return None
-    if teacher is None:
+    whole = whole_teacher(config, teachers)
+    if whole is None:
         raise ConfigError(f'train.mode = "{config.train.mode}" runs the teacher: teacher.model is needed')
-    return Live(LiveTeacher(teacher), drawn_views(config))
+    if isinstance(whole, EnsembleTeacher):
+        return LiveEnsemble(list(map(LiveTeacher, whole.teachers)), whole.ensemble, drawn_views(config))
+    return Live(LiveTeacher(whole), drawn_views(config))
 
 
-def _live_inputs(config: RunConfig, teacher: Teacher | None) -> dict[str, Any]:
+def _live_inputs(config: RunConfig, teachers: Sequence[Teacher | None]) -> dict[str, Any]:
     """What decides a training with a live teacher beside the rest: the teacher, and the views that both are shown."""
+    teacher = whole_teacher(config, teachers)
     if config.train.mode == "cached" or teacher is None:
         return {}
     return {"teacher": teacher.fingerprint, "views": fingerprint.of_value(drawn_views(config).to_json())}
@@ -188,7 +204,7 @@ def training_data(config: RunConfig, data: RunData) -> TrainingData:
     return TrainingData(source.pairs, source.weights, data.images, data.texts, data.image_weights, data.text_weights)
 
 
-def validation(data: RunData, cache: TeacherCache) -> Callable[[Any, int], Mapping[str, float]] | None:
+def validation(data: RunData, cache: AnyCache) -> Callable[[Any, int], Mapping[str, float]] | None:
     """A function that scores a student on ``val`` by its agreement with the teacher's ranking; None without a val set.
 
     The score is overlap@10, the mean of both directions: recall of the teacher's own ten first hits.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipdistill.config import RunConfig
+from clipdistill.config import MemberConfig, RunConfig, TeacherConfig
 from clipdistill.core import files
 from clipdistill.core.errors import MismatchError
 
@@ -36,6 +36,12 @@ class Workspace:
     def cache(self) -> Path:
         """The teacher cache's folder; it may be shared between runs."""
         return Path(self.config.cache.folder) if self.config.cache.folder else self.folder / "cache"
+
+    def cache_of(self, teacher: TeacherConfig | MemberConfig) -> Path:
+        """Where a teacher's embeddings lie: the whole cache's folder, or a member's own."""
+        if isinstance(teacher, MemberConfig):
+            return Path(teacher.cache) if teacher.cache else self.cache / teacher.folder
+        return self.cache
 
     @property
     def training(self) -> Path:

@@ -156,6 +156,7 @@ def load_teacher(
     precision: str = "fp32",
     device: str = "auto",
     max_pixels: int = 100_000_000,
+    section: str = "teacher",
 ) -> Teacher:
     """Load any open_clip model with its weights, preprocessing and tokenizer.
 
@@ -165,6 +166,7 @@ def load_teacher(
         precision: ``fp32``, ``fp16`` or ``bf16``.
         device: A torch device, or ``auto``: CUDA where there is one.
         max_pixels: Pictures that claim more are refused.
+        section: Where the configuration names it, for messages.
 
     Raises:
         ConfigError: If the name or tag is unknown, or the weights are not at hand and cannot be fetched, saying which
@@ -172,7 +174,7 @@ def load_teacher(
     """
     import open_clip
 
-    faults = list(name_faults(model, pretrained))
+    faults = list(name_faults(model, pretrained, section))
     if faults:
         raise ConfigError(faults)
     place = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -184,35 +186,38 @@ def load_teacher(
         )
         tokenizer = open_clip.get_tokenizer(model)
     except (RuntimeError, OSError, ValueError, KeyError) as fault:
-        raise ConfigError(f"teacher.model: {model} could not be loaded: {_reason(fault, model, tag)}") from fault
+        raise ConfigError(
+            f"{section}.model: {model} could not be loaded: {_reason(fault, model, tag, section)}"
+        ) from fault
     return Teacher(network, transform, tokenizer, name=_full_name(model, tag), device=place, max_pixels=max_pixels)
 
 
-def name_faults(model: str, pretrained: str | None) -> Iterator[str]:
+def name_faults(model: str, pretrained: str | None, section: str = "teacher") -> Iterator[str]:
     """What is wrong with a teacher's name and tag, without loading it: one sentence a fault, with its dotted path."""
     import open_clip
 
     if model.startswith("local-dir:"):
         folder = Path(model.removeprefix("local-dir:"))
         if not (folder / "open_clip_config.json").is_file():
-            yield f"teacher.model: {folder} holds no open_clip_config.json; an open_clip folder is needed"
+            yield f"{section}.model: {folder} holds no open_clip_config.json; an open_clip folder is needed"
     elif model.startswith("hf-hub:"):
         if model.count("/") != 1:
-            yield f"teacher.model: {model} is not of the form hf-hub:organisation/repository"
+            yield f"{section}.model: {model} is not of the form hf-hub:organisation/repository"
     elif model not in open_clip.list_models():
-        yield f"teacher.model: unknown model {model!r}; {suggest(model, open_clip.list_models())}"
+        yield f"{section}.model: unknown model {model!r}; {suggest(model, open_clip.list_models())}"
     else:
-        yield from _tag_faults(model, pretrained)
+        yield from _tag_faults(model, pretrained, section)
 
 
-def _tag_faults(model: str, pretrained: str | None) -> Iterator[str]:
+def _tag_faults(model: str, pretrained: str | None, section: str) -> Iterator[str]:
     import open_clip
 
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained is None:
-        yield f"teacher.pretrained: missing: {model} alone has random weights; valid: {', '.join(tags)}, or a file"
+        yield f"{section}.pretrained: missing: {model} alone has random weights; valid: {', '.join(tags)}, or a file"
     elif pretrained not in tags and not Path(pretrained).is_file():
-        yield f"teacher.pretrained: {pretrained!r} is neither a file nor a tag of {model}; {suggest(pretrained, tags)}"
+        near = suggest(pretrained, tags)
+        yield f"{section}.pretrained: {pretrained!r} is neither a file nor a tag of {model}; {near}"
 
 
 def _full_name(model: str, tag: str | None) -> str:
@@ -221,7 +226,7 @@ def _full_name(model: str, tag: str | None) -> str:
     return f"{model}:{Path(tag).stem if Path(tag).is_file() else tag}" if tag else model
 
 
-def _reason(fault: Exception, model: str, tag: str | None) -> str:
+def _reason(fault: Exception, model: str, tag: str | None, section: str) -> str:
     """Why loading failed; where a download did, which file it was after and how to go without."""
     import open_clip
 
@@ -234,7 +239,7 @@ def _reason(fault: Exception, model: str, tag: str | None) -> str:
     return (
         f"its weights would be fetched from {wanted.rstrip('/')} (open_clip_model.safetensors), which could not be "
         "reached. Without a network, copy that repository's files into a folder and set "
-        'teacher.model = "local-dir:FOLDER", or keep the name and set teacher.pretrained = "FILE". '
+        f'{section}.model = "local-dir:FOLDER", or keep the name and set {section}.pretrained = "FILE". '
         f"({text[:200]})"
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clipdistill.data.views import View
 from clipdistill.losses.objective import Embeddings
+from clipdistill.towers.ensemble import Ensemble
 from clipdistill.towers.live import LiveTeacher
 from clipdistill.training.batch import Batch
 
@@ -74,3 +75,25 @@ class Live:
         """The teacher's unit rows [images, D] and [texts, D] of a batch; attached where gradients are enabled."""
         (given,) = batch.teacher_inputs
         return Embeddings(self.teacher.embed_pixels(given.pixels), self.teacher.embed_tokens(given.tokens))
+
+
+@final
+class LiveEnsemble:
+    """Several teachers that run on each batch and speak as one: a :class:`LiveRows`.
+
+    Args:
+        teachers: The teachers, in the order of the ensemble's members.
+        ensemble: How their rows are combined.
+        drawn: Which views of the pictures all of them are shown.
+    """
+
+    def __init__(self, teachers: Sequence[LiveTeacher], ensemble: Ensemble, drawn: DrawnViews) -> None:
+        self.teachers, self.ensemble, self.drawn = tuple(teachers), ensemble, drawn
+        self.inputs = tuple(teacher.preparation for teacher in self.teachers)
+
+    def rows(self, batch: Batch) -> Embeddings:
+        """The ensemble's unit rows [images, D] and [texts, D] of a batch; attached where gradients are enabled."""
+        given = list(zip(self.teachers, batch.teacher_inputs, strict=True))
+        images = [teacher.embed_pixels(own.pixels) for teacher, own in given]
+        texts = [teacher.embed_tokens(own.tokens) for teacher, own in given]
+        return Embeddings(self.ensemble.combine(images), self.ensemble.combine(texts))

@@ -7,21 +7,22 @@ from clipdistill.evaluation.coverage import cover
 from clipdistill.report.lines import inspection_lines
 from clipdistill.stages import coverage as stage
 from clipdistill.stages.coverage import coverage
-from clipdistill.stages.inputs import load_data, open_cache, open_teacher
+from clipdistill.stages.inputs import load_data, open_cache
 from clipdistill.stages.inspect import inspect
+from clipdistill.stages.teachers import open_teachers
 
 
 @pytest.fixture
 def live(workspace):  # noqa: F811
-    return workspace, load_data(workspace), open_teacher(workspace.config)
+    return workspace, load_data(workspace), open_teachers(workspace.config)
 
 
 def test_the_cache_and_the_live_teacher_give_the_same_coverage_of_small_data(live):
-    workspace, data, teacher = live  # noqa: F811
-    sampled = coverage(workspace, data, teacher, 0.0, 0.0)
+    workspace, data, teachers = live  # noqa: F811
+    sampled = coverage(workspace, data, teachers, 0.0, 0.0)
     assert (sampled["from"], sampled["note"]) == ("sample", "there is no teacher cache yet")
-    cache, data = open_cache(workspace, data, teacher)
-    stored = coverage(workspace, data, teacher, 0.0, 0.0)
+    cache, data = open_cache(workspace, data, teachers)
+    stored = coverage(workspace, data, teachers, 0.0, 0.0)
     assert (stored["from"], stored["note"]) == ("cache", None)
     assert list(stored["sets"]) == list(sampled["sets"]) == ["val", "test"]
     for name, sides in stored["sets"].items():
@@ -35,28 +36,28 @@ def test_the_cache_and_the_live_teacher_give_the_same_coverage_of_small_data(liv
 
 
 def test_a_slow_teacher_is_left_alone_and_the_lines_say_so(live):
-    workspace, data, teacher = live  # noqa: F811
-    found = coverage(workspace, data, teacher, 2.0, 1000.0)
+    workspace, data, teachers = live  # noqa: F811
+    found = coverage(workspace, data, teachers, 2.0, 1000.0)
     assert found["from"] is None
     assert "would take the teacher 257 s" in found["note"]
 
 
 def test_a_cache_of_other_data_is_not_measured_with(live, tmp_path):
-    workspace, data, teacher = live  # noqa: F811
-    open_cache(workspace, data, teacher)
+    workspace, data, teachers = live  # noqa: F811
+    open_cache(workspace, data, teachers)
     tiny.image_folder(tmp_path / "more", 3, 50)
     more = changed(workspace, data={"train": (*workspace.config.data.train, workspace.config.data.val[0])})
     more = changed(more, data={"val": (more.config.data.train[0].model_copy(update={"path": str(tmp_path / "more")}),)})
-    found = coverage(more, load_data(more), teacher, 0.0, 0.0)
+    found = coverage(more, load_data(more), teachers, 0.0, 0.0)
     assert found["from"] == "sample"
     assert "data.pictures does not match" in found["note"]
 
 
 def test_an_unreadable_picture_is_left_out_of_a_sample(live, tmp_path):
-    workspace, _, teacher = live  # noqa: F811
+    workspace, _, teachers = live  # noqa: F811
     path = tmp_path / "train" / "p003.png"
     path.write_bytes(path.read_bytes()[:200])
-    found = coverage(workspace, load_data(workspace), teacher, 0.0, 0.0)
+    found = coverage(workspace, load_data(workspace), teachers, 0.0, 0.0)
     assert found["sets"]["val"]["pictures"]["rows"] == 23
 
 

@@ -5,7 +5,8 @@ import tiny
 
 from clipdistill.config import RunConfig, SourceConfig
 from clipdistill.core.errors import ConfigError, DataError, MismatchError
-from clipdistill.stages.inputs import load_data, name_checks, open_cache, open_teacher
+from clipdistill.stages.inputs import load_data, name_checks, open_cache
+from clipdistill.stages.teachers import open_teachers
 from clipdistill.stages.train import training_data
 from clipdistill.stages.workspace import Workspace
 
@@ -72,11 +73,11 @@ def test_a_picture_that_breaks_in_the_cache_is_left_out_of_the_data(workspace, t
     loose = changed(workspace, data={"max_rejected": 2.0})
     data = load_data(loose)
     assert len(data.pairs) == 42
-    cache, kept = open_cache(loose, data, open_teacher(loose.config))
+    cache, kept = open_cache(loose, data, open_teachers(loose.config))
     assert len(kept.sets["train"]) == 23
     assert not any("p003" in pair.key for pair in kept.pairs)
     assert "p003" in loose.rejected.read_text()
-    again, kept_again = open_cache(loose, load_data(loose), open_teacher(loose.config))
+    again, kept_again = open_cache(loose, load_data(loose), open_teachers(loose.config))
     assert kept_again.fingerprint == kept.fingerprint
     assert again.fingerprint == cache.fingerprint
 
@@ -87,7 +88,7 @@ def test_force_never_removes_a_folder_that_is_not_a_cache(workspace, tmp_path):
     (precious / "thesis.txt").write_text("irreplaceable")
     other = changed(workspace, cache={"folder": str(precious)})
     with pytest.raises((DataError, MismatchError), match="precious"):
-        open_cache(other, load_data(other), open_teacher(other.config), force=True)
+        open_cache(other, load_data(other), open_teachers(other.config), force=True)
     assert (precious / "thesis.txt").read_text() == "irreplaceable"
 
 
@@ -114,19 +115,19 @@ def test_a_stage_is_done_only_for_its_own_inputs(workspace):
 
 
 def test_a_stored_cache_of_another_precision_is_refused(workspace):
-    data, teacher = load_data(workspace), open_teacher(workspace.config)
+    data, teachers = load_data(workspace), open_teachers(workspace.config)
     fine = changed(workspace, cache={"dtype": "float32"})
-    cache, _ = open_cache(fine, data, teacher)
+    cache, _ = open_cache(fine, data, teachers)
     assert cache.dtype == "float32"
-    assert open_cache(fine, data, teacher)[0].fingerprint == cache.fingerprint
+    assert open_cache(fine, data, teachers)[0].fingerprint == cache.fingerprint
     with pytest.raises(MismatchError, match=r"cache\.dtype does not match: expected float16, found float32"):
-        open_cache(workspace, data, teacher)
+        open_cache(workspace, data, teachers)
 
 
 def test_a_fraction_of_train_is_used_and_a_cache_of_all_rows_serves_it(workspace):
     data = load_data(workspace)
-    teacher = open_teacher(workspace.config)
-    cache, _ = open_cache(workspace, data, teacher)
+    teachers = open_teachers(workspace.config)
+    cache, _ = open_cache(workspace, data, teachers)
     prints, before = {data.fingerprint}, set()
     for fraction in (0.3, 0.6):
         less = changed(workspace, data={"fraction": fraction})
@@ -135,7 +136,7 @@ def test_a_fraction_of_train_is_used_and_a_cache_of_all_rows_serves_it(workspace
         assert before < keys < {pair.key for pair in data.sets["train"].pairs}
         assert part.unused == 24 - len(keys)
         assert len(part.sets["val"]) == 8
-        again, kept = open_cache(less, part, teacher)
+        again, kept = open_cache(less, part, teachers)
         assert again.fingerprint == cache.fingerprint
         assert kept == part
         prints.add(part.fingerprint)
@@ -144,11 +145,11 @@ def test_a_fraction_of_train_is_used_and_a_cache_of_all_rows_serves_it(workspace
 
 
 def test_a_cache_of_a_fraction_does_not_serve_more(workspace):
-    teacher = open_teacher(workspace.config)
+    teachers = open_teachers(workspace.config)
     less = changed(workspace, data={"fraction": 0.3})
-    open_cache(less, load_data(less), teacher)
+    open_cache(less, load_data(less), teachers)
     with pytest.raises(MismatchError, match=r"data\.pictures does not match: expected rows for all 42"):
-        open_cache(workspace, load_data(workspace), teacher)
+        open_cache(workspace, load_data(workspace), teachers)
 
 
 def test_a_fraction_that_leaves_no_row_is_refused(workspace):

@@ -5,8 +5,9 @@ import tiny
 
 from clipdistill.config import RunConfig
 from clipdistill.core.errors import ConfigError, MismatchError
-from clipdistill.stages.inputs import load_data, open_cache, open_teacher
+from clipdistill.stages.inputs import load_data, open_cache
 from clipdistill.stages.run import run
+from clipdistill.stages.teachers import open_teachers
 from clipdistill.stages.workspace import Workspace
 
 
@@ -20,8 +21,8 @@ def workspace(folder, *overrides, out="out"):
 
 
 def opened(made):
-    data, teacher = load_data(made), open_teacher(made.config)
-    return data, *open_cache(made, data, teacher)
+    data = load_data(made)
+    return data, *open_cache(made, data, open_teachers(made.config))
 
 
 def test_only_what_is_measured_is_stored(tmp_path):
