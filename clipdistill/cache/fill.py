@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import logging
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
-from clipdistill.cache.store import KIND, REMEDY, VERSION, Dtype, TeacherCache, Views, image_folder
-from clipdistill.core import files, fingerprint, manifest
-from clipdistill.core.errors import MismatchError
+from clipdistill.cache import shards
+from clipdistill.cache.store import KIND, VERSION, Dtype, TeacherCache, Views, image_folder
+from clipdistill.core import fingerprint, manifest
 from clipdistill.core.progress import Advance, progress
 from clipdistill.data.pictures import PictureError, decode
 from clipdistill.data.records import Pair, Rejection
@@ -103,10 +99,10 @@ def fill(
     words = list(dict.fromkeys([*(text for pair in pairs for text in pair.captions), *texts]))
     plan = _plan(teacher, pictures, words, drawn, shard_rows, batch, dtype)
     if (folder / manifest.NAME).exists():
-        _check_plan(folder, TeacherCache.open(folder, verify=False).facts["plan"], plan)
-        _tidy(folder)
+        shards.check_plan(folder, TeacherCache.open(folder, verify=False).facts["plan"], plan)
+        shards.tidy(folder)
         return TeacherCache.open(folder)
-    _begin(folder, plan)
+    shards.begin(folder, plan)
     started = time.monotonic()
     rejected = _fill_pictures(folder, teacher, pictures, drawn, shard_rows, batch, dtype)
     _fill_texts(folder, teacher, words, shard_rows, dtype)
@@ -122,9 +118,8 @@ def fill(
         "texts": len(words),
         "rejected": [asdict(row) for row in rejected],
     }
-    notes = [files.read_json(note) for note in sorted((folder / "shards").glob("*.json"))]
-    manifest.write(folder, KIND, VERSION, facts, {name: d for note in notes for name, d in note["files"].items()})
-    _tidy(folder)
+    manifest.write(folder, KIND, VERSION, facts, shards.digests(folder))
+    shards.tidy(folder)
     _log.info(
         "teacher cache: %d pictures, %d texts in %.0f s", facts["pictures"], len(words), time.monotonic() - started
     )
@@ -156,59 +151,6 @@ def _plan(
     }
 
 
-def _check_plan(folder: Path, found: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    found = {"dtype": "float16", **found}  # all rows were, before there was a choice
-    for field, value in plan.items():
-        if found.get(field) != value:
-            raise MismatchError(str(folder), f"plan.{field}", value, found.get(field), REMEDY)
-
-
-def _tidy(folder: Path) -> None:
-    """Remove what only an unfinished cache needs."""
-    shutil.rmtree(folder / "shards", ignore_errors=True)
-    (folder / "plan.json").unlink(missing_ok=True)
-
-
-def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Take the folder for this plan: note the plan first, so that a half-filled cache is never taken for another."""
-    folder.mkdir(parents=True, exist_ok=True)
-    noted = folder / "plan.json"
-    if noted.exists():
-        _check_plan(folder, files.read_json(noted), plan)
-    else:
-        files.write_json(noted, plan)
-    for stale in folder.rglob(f"{files.TEMPORARY}*"):
-        stale.unlink()
-
-
-def _shards(count: int, rows: int) -> Iterator[tuple[str, int, int]]:
-    """The name and span of each shard; names are padded with zeros so that they sort."""
-    shards = max(1, -(-count // rows))
-    width = len(str(shards - 1))
-    for number in range(shards):
-        yield f"{number:0{width}d}", number * rows, min(count, (number + 1) * rows)
-
-
-def _finished(folder: Path, note: Path) -> dict[str, Any] | None:
-    """The note of a shard that was written whole, or None where it has to be made (again)."""
-    if not note.exists():
-        return None
-    done: dict[str, Any] = files.read_json(note)
-    whole = all(
-        (folder / name).is_file() and fingerprint.of_file(folder / name) == d for name, d in done["files"].items()
-    )
-    return done if whole else None
-
-
-def _note(folder: Path, note: Path, names: Sequence[str], rejected: Sequence[Rejection] = ()) -> dict[str, Any]:
-    done = {
-        "files": {name: fingerprint.of_file(folder / name) for name in names},
-        "rejected": [asdict(row) for row in rejected],
-    }
-    files.write_json(note, done)
-    return done
-
-
 def _fill_pictures(
     folder: Path,
     teacher: FillingTeacher,
@@ -220,11 +162,10 @@ def _fill_pictures(
 ) -> list[Rejection]:
     rejected: list[Rejection] = []
     with progress("teacher, pictures", len(pictures), "pictures") as advance:
-        for name, start, end in _shards(len(pictures), shard_rows):
-            note = folder / "shards" / f"pictures_{name}.json"
-            done = _finished(folder, note)
+        for name, start, end in shards.spans(len(pictures), shard_rows):
+            done = shards.finished(folder, f"pictures_{name}")
             if done is None:
-                done = _picture_shard(folder, note, name, teacher, pictures[start:end], views, batch, dtype, advance)
+                done = _picture_shard(folder, name, teacher, pictures[start:end], views, batch, dtype, advance)
             else:
                 advance(end - start)
             rejected += [Rejection(**row) for row in done["rejected"]]
@@ -233,7 +174,6 @@ def _fill_pictures(
 
 def _picture_shard(
     folder: Path,
-    note: Path,
     name: str,
     teacher: FillingTeacher,
     pictures: Sequence[Pair],
@@ -253,10 +193,11 @@ def _picture_shard(
         advance(min(batch, len(pictures) - start))
     names = [f"{image_folder(number)}/img_emb_{name}.npy" for number in range(views.count)]
     for path, parts in zip(names, rows, strict=True):
-        _write_rows(folder / path, parts, teacher.dim, dtype)
+        stacked = np.concatenate(parts) if parts else np.zeros((0, teacher.dim), np.float32)
+        shards.write_rows(folder / path, stacked, dtype)
     names.append(f"metadata/metadata_{name}.parquet")
-    _write_table(folder / names[-1], table)
-    return _note(folder, note, names, rejected)
+    shards.write_table(folder / names[-1], table)
+    return shards.finish(folder, f"pictures_{name}", names, rejected)
 
 
 def _decoded(
@@ -284,14 +225,13 @@ def _decoded(
 
 def _fill_texts(folder: Path, teacher: FillingTeacher, words: Sequence[str], shard_rows: int, dtype: Dtype) -> None:
     with progress("teacher, texts", len(words), "texts") as advance:
-        for name, start, end in _shards(len(words), shard_rows):
-            note = folder / "shards" / f"texts_{name}.json"
-            if _finished(folder, note) is None:
+        for name, start, end in shards.spans(len(words), shard_rows):
+            if shards.finished(folder, f"texts_{name}") is None:
                 part = words[start:end]
                 names = [f"text_emb/text_emb_{name}.npy", f"texts/texts_{name}.parquet"]
-                _write_rows(folder / names[0], [_encode_by_length(teacher, part)], teacher.dim, dtype)
-                _write_table(folder / names[1], {"text": list(part)})
-                _note(folder, note, names)
+                shards.write_rows(folder / names[0], _encode_by_length(teacher, part), dtype)
+                shards.write_table(folder / names[1], {"text": list(part)})
+                shards.finish(folder, f"texts_{name}", names)
             advance(end - start)
 
 
@@ -302,16 +242,3 @@ def _encode_by_length(teacher: FillingTeacher, texts: Sequence[str]) -> Vectors:
     out = np.empty_like(encoded)
     out[order] = encoded
     return out
-
-
-def _write_rows(path: Path, parts: Sequence[Vectors], dim: int, dtype: Dtype) -> None:
-    rows = (np.concatenate(parts) if parts else np.zeros((0, dim))).astype(dtype)
-    buffer = io.BytesIO()
-    np.save(buffer, rows, allow_pickle=False)
-    files.write_bytes(path, buffer.getvalue())
-
-
-def _write_table(path: Path, columns: Mapping[str, list[Any]]) -> None:
-    types = {"captions": pa.list_(pa.string()), "bytes": pa.int64()}
-    schema = pa.schema([(name, types.get(name, pa.string())) for name in columns])
-    files.write_file(path, lambda aside: pq.write_table(pa.table(dict(columns), schema=schema), aside))
