@@ -93,13 +93,19 @@ class Rows:
 
     def take(self, rows: npt.NDArray[np.int64]) -> Vectors:
         """The rows with these numbers as float32 [rows, dim], made unit again after the rounding."""
-        out = np.empty((len(rows), self.dim), np.float32)
+        out = self.read(rows).astype(np.float32)
+        out /= np.linalg.norm(out, axis=1, keepdims=True)
+        return out
+
+    def read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """The rows with these numbers as they are stored: [rows, ...]."""
+        shape, dtype = (self._parts[0].shape[1:], self._parts[0].dtype) if self._parts else ((0,), np.float32)
+        out = np.empty((len(rows), *shape), dtype)
         part_of = np.searchsorted(self._ends, rows, side="right")
         for part in np.unique(part_of):
             chosen = part_of == part
             first = self._ends[part] - len(self._parts[part])
             out[chosen] = self._parts[part][rows[chosen] - first]
-        out /= np.linalg.norm(out, axis=1, keepdims=True)
         return out
 
 

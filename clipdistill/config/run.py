@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from clipdistill.config.base import Section
 from clipdistill.config.data import DataConfig
-from clipdistill.config.features import FeaturesConfig
+from clipdistill.config.features import FeaturesConfig, feature_faults
 from clipdistill.config.loss import LossConfig
 from clipdistill.config.measure import EvaluateConfig, IndexConfig, ReportConfig
 from clipdistill.config.paths import anchored, missing_files
@@ -48,7 +48,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        checks = (_train_faults, _loss_faults, _mode_faults, _set_faults, _width_faults, _ensemble_faults)
+        checks = (
+            _train_faults,
+            _loss_faults,
+            _mode_faults,
+            feature_faults,
+            _set_faults,
+            _width_faults,
+            _ensemble_faults,
+        )
         faults = [fault for check in checks for fault in check(self)]
         if faults:
             raise ValueError("\n".join(faults))

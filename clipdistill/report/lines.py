@@ -135,6 +135,7 @@ def _cost_lines(cost: Mapping[str, Any]) -> Iterator[str]:
         yield f"  all {len(members)} teachers: {cost['teacher_parameters'] / 1e6:.1f} M parameters"
     if "estimated_seconds" in cost:
         yield f"  cache: {cost['cache_bytes'] / 1e6:.1f} MB of embeddings"
+        yield from _block_lines(cost["blocks"])
         done = " (it is cached already: nothing to pay)" if cost["cached_already"] else ""
         yield f"  estimated: {duration(cost['estimated_seconds'])} = {cost['estimated_hours']:.2f} hours{done}"
 
@@ -148,6 +149,19 @@ def _teacher_lines(cost: Mapping[str, Any]) -> Iterator[str]:
         f"  {cost['picture_passes']} picture passes at {cost['pictures_per_s']:.1f} a second, "
         f"{cost['text_passes']} text passes at {cost['texts_per_s']:.1f} a second (measured now)"
     )
+
+
+def _block_lines(found: Mapping[str, Any] | None) -> Iterator[str]:
+    if not found:
+        return
+    told = f"  inner blocks: {found['blocks']} of the teacher's, {found['bytes'] / 1e6:.1f} MB"
+    if found["store"] == "cache":
+        yield f"{told}: stored beside its embeddings, by one more pass over the training rows"
+    elif found["bytes"] > found["max_bytes"]:
+        limit = f"features.max_bytes ({found['max_bytes'] / 1e6:.1f} MB)"
+        yield f"{told}: more than {limit}: the teacher runs on each batch"
+    else:
+        yield f"{told} if stored: the teacher runs on each batch instead"
 
 
 def _number(value: Any) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 from clipdistill.cache.fill import planned_bytes
 from clipdistill.data.records import Picture
 from clipdistill.data.survey import survey
+from clipdistill.stages.blocks import preview
 from clipdistill.stages.coverage import coverage, readable
 from clipdistill.stages.inputs import RunData
-from clipdistill.stages.teachers import TeacherPart, open_teachers, teacher_parts
+from clipdistill.stages.teachers import TeacherPart, first_teacher, open_teachers, teacher_parts
 from clipdistill.stages.workspace import Workspace
 from clipdistill.towers.teacher import Teacher
 
@@ -45,7 +46,8 @@ def cost(workspace: Workspace, data: RunData, teachers: Sequence[Teacher | None]
     texts = list(dict.fromkeys([*(text for pair in data.pairs for text in pair.captions), *data.texts]))
     pictures = [pair.picture for pair in data.pairs if pair.picture is not None]
     costs = [_cost(workspace, part, pictures, texts) for part in teacher_parts(workspace, teachers)]
-    return costs[0] if len(costs) == 1 else _sum(costs)
+    whole = costs[0] if len(costs) == 1 else _sum(costs)
+    return {**whole, "blocks": preview(workspace.config, data, first_teacher(teachers))}
 
 
 def _cost(workspace: Workspace, part: TeacherPart, pictures: list[Picture], texts: list[str]) -> dict[str, Any]:

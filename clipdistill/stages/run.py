@@ -9,10 +9,11 @@ from typing import Any
 from clipdistill.core import files
 from clipdistill.core.errors import DataError
 from clipdistill.report.html import write_report
+from clipdistill.stages.blocks import check_blocks
 from clipdistill.stages.evaluate import evaluate
 from clipdistill.stages.index import build_index
 from clipdistill.stages.inputs import RunData, load_data, open_cache
-from clipdistill.stages.teachers import open_teachers, whole_teacher
+from clipdistill.stages.teachers import first_teacher, open_teachers, whole_teacher
 from clipdistill.stages.train import train
 from clipdistill.stages.workspace import Workspace
 from clipdistill.training.loop import OnLog
@@ -37,6 +38,7 @@ def run(
     workspace.begin()
     data = load_data(workspace)
     teachers = open_teachers(workspace.config)
+    check_blocks(workspace.config, first_teacher(teachers))
     cache, data = open_cache(workspace, data, teachers, force=force and until == "cache")
     if until == "cache":
         facts = {key: cache.facts.get(key) for key in ("pictures", "texts", "dim", "views", "teacher")}

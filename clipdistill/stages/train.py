@@ -20,6 +20,7 @@ from clipdistill.losses.objective import LossWeights, Objective, TeacherScale
 from clipdistill.losses.presets import PRESETS
 from clipdistill.retrieval.exact import exact_top_k
 from clipdistill.retrieval.measures import overlap_at_k
+from clipdistill.stages.blocks import distilled_blocks
 from clipdistill.stages.inputs import RunData
 from clipdistill.stages.teachers import drawn_views, first_teacher, whole_teacher
 from clipdistill.stages.workspace import Workspace
@@ -144,6 +145,7 @@ def train(
         "seed": config.seed,
         "student": fingerprint.of_value(config.student.model_dump(mode="json")),
         "loss": fingerprint.of_value(config.loss.model_dump(mode="json")),
+        "features": fingerprint.of_value(config.features.model_dump(mode="json")),
         "train": fingerprint.of_value(config.train.model_dump(mode="json", exclude={"workers", "log_every"})),
         "data": data.fingerprint,
         "teacher cache": cache.fingerprint,
@@ -154,6 +156,7 @@ def train(
     if force:
         _restart(workspace)
     student = new_student(config, data, cache, first_teacher(teachers))
+    blocks = distilled_blocks(workspace, data, cache, student, first_teacher(teachers))
     objective = new_objective(config.loss, student, cache)
     objective.check(has_pairs=config.train.batch > 0)
     student = distill(
@@ -167,16 +170,24 @@ def train(
         on_eval=validation(data, cache),
         fingerprint=fingerprint.of_value(made_from),
         on_log=on_log,
-        live=live_teacher(config, teachers),
+        extras=blocks.extras,
+        facts=blocks.facts,
+        live=live_teacher(config, teachers, wanted=blocks.live),
     )
     student.save(workspace.student)
     workspace.mark_done("train", made_from)
     return student
 
 
-def live_teacher(config: RunConfig, teachers: Sequence[Teacher | None]) -> LiveRows | None:
-    """The teachers as the loop runs them on each batch; None where the student learns from stored embeddings."""
-    if config.train.mode == "cached":
+def live_teacher(config: RunConfig, teachers: Sequence[Teacher | None], *, wanted: bool = False) -> LiveRows | None:
+    """The teachers as the loop runs them on each batch; None where the student learns from stored embeddings.
+
+    Args:
+        config: The run's configuration.
+        teachers: The live teacher, or the ensemble's.
+        wanted: Whether it has to run even in mode ``cached``, for its inner blocks.
+    """
+    if config.train.mode == "cached" and not wanted:
         return None
     whole = whole_teacher(config, teachers)
     if whole is None:

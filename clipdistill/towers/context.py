@@ -28,7 +28,7 @@ def can_cut(model: Any) -> bool:
     text = text_module(model)
     if isinstance(text, HFTextEncoder):
         return type(text.pooler).__name__ in _MASKED_POOLERS
-    pool = getattr(text, "pool_type", None) or getattr(text, "text_pool_type", None)
+    pool = _pool_type(text)
     causal = getattr(text, "attn_mask", None) is not None
     plain = getattr(text, "cls_emb", None) is None and not getattr(text, "use_pad_mask", False)
     return causal and plain and pool in ("argmax", "eos")
@@ -66,7 +66,7 @@ def encode(model: Any, tokens: Tensor) -> Tensor:
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
     x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
     x = text.ln_final(x)
-    pool = getattr(text, "pool_type", None) or text.text_pool_type
+    pool = _pool_type(text)
     pooled: Tensor = text_global_pool(x, tokens, pool, eos_token_id=_eos(text))
     projection = text.text_projection
     if projection is None:
@@ -84,11 +84,46 @@ def encode_by_length(model: Any, tokens: Tensor, groups: int = 4) -> Tensor:
         tokens: int64 [texts, length].
         groups: How many groups; small batches are left whole.
     """
-    if len(tokens) < _LEAST_GROUP * groups or isinstance(text_module(model), HFTextEncoder):
+    order = run_order(model, tokens, groups)
+    if len(order) == 1:
         return encode(model, cut(model, tokens) if len(tokens) else tokens)
-    order = _ends(text_module(model), tokens).argsort(stable=True)
-    parts = [encode(model, cut(model, tokens[rows])) for rows in order.chunk(groups)]
-    return torch.cat(parts)[order.argsort()]
+    parts = [encode(model, cut(model, tokens[rows])) for rows in order]
+    return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def run_order(model: Any, tokens: Tensor, groups: int = 4) -> tuple[Tensor, ...]:
+    """Which rows each pass of :func:`encode_by_length` has, in its order: int64 [rows of the pass] each."""
+    if len(tokens) < _LEAST_GROUP * groups or isinstance(text_module(model), HFTextEncoder):
+        return (torch.arange(len(tokens), device=tokens.device),)
+    return _ends(text_module(model), tokens).argsort(stable=True).chunk(groups)
+
+
+def lengths(text: Any, tokens: Tensor) -> Tensor:
+    """How many tokens of each row are the text's own, up to its end token; the others are padding.
+
+    A tower that is pooled elsewhere than at an end token has none that it knows: there the last tokens that are all
+    equal are the padding.
+
+    Args:
+        text: A text tower, as :func:`text_module` gives it.
+        tokens: int64 [texts, length].
+
+    Returns:
+        int64 [texts], 1 or more.
+    """
+    if isinstance(text, HFTextEncoder):
+        own = tokens != text.config.pad_token_id
+    elif _pool_type(text) in ("argmax", "eos"):
+        return _ends(text, tokens) + 1
+    else:
+        own = tokens != tokens[:, -1:]
+        own[:, -1] |= own[:, -2:-1].any(dim=1)  # a last token unlike the one before it is no padding
+    places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    return torch.as_tensor((own * places).amax(dim=1).clamp_min(1))
+
+
+def _pool_type(text: Any) -> Any:
+    return getattr(text, "pool_type", None) or getattr(text, "text_pool_type", None)
 
 
 def _eos(text: Any) -> int | None:
@@ -96,7 +131,6 @@ def _eos(text: Any) -> int | None:
 
 
 def _ends(text: Any, tokens: Tensor) -> Tensor:
-    pool = getattr(text, "pool_type", None) or text.text_pool_type
-    if pool == "eos":
+    if _pool_type(text) == "eos":
         return torch.eq(tokens, _eos(text) or 0).int().argmax(dim=-1)
     return tokens.argmax(dim=-1)
