@@ -44,12 +44,12 @@ def write(
     )
 
 
-def read(folder: Path, kind: str, version: int, remedy: str) -> dict[str, Any]:
+def read(folder: Path, kind: str | tuple[str, ...], version: int, remedy: str) -> dict[str, Any]:
     """Read the manifest of an artefact.
 
     Args:
         folder: The artefact's folder.
-        kind: The kind that is expected.
+        kind: The kind that is expected, or several that are read alike.
         version: The format version that this code reads.
         remedy: What the user can do when it does not fit.
 
@@ -57,17 +57,19 @@ def read(folder: Path, kind: str, version: int, remedy: str) -> dict[str, Any]:
         DataError: If there is no manifest: the artefact was never finished, or the path is wrong.
         MismatchError: If it is another kind or version.
     """
+    kinds = (kind,) if isinstance(kind, str) else kind
     try:
         manifest = files.read_json(folder / NAME)
     except FileNotFoundError:
         raise DataError(
-            f"{folder}: no {NAME}: this {kind} was not finished, or it is another folder. {remedy}"
+            f"{folder}: no {NAME}: this {kinds[0]} was not finished, or it is another folder. {remedy}"
         ) from None
     except ValueError as fault:
         raise DataError(f"{folder / NAME}: not readable: {fault}. {remedy}") from fault
-    for field, expected in (("kind", kind), ("version", version)):
+    for field, valid in (("kind", kinds), ("version", (version,))):
         found = manifest.get(field) if isinstance(manifest, dict) else None
-        if found != expected:
+        if found not in valid:
+            expected = valid[0] if len(valid) == 1 else " or ".join(map(str, valid))
             raise MismatchError(str(folder), field, expected, found, remedy)
     return dict(manifest)
 

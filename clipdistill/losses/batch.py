@@ -46,12 +46,15 @@ class Targets:
         positives: bool [pairs, pairs]; [i, j] where text j describes image i, the diagonal always.
         pairs: The first so many images and texts are paired, row by row; the others are unpaired. May be 0.
         queue: Further unit rows of the teacher, [queued images, D] and [queued texts, D], for the queue loss.
+        own_images: Whether the student's images are its own. Where they are the teacher's, as constants, what compares
+            images with the teacher's alone is left out: there is nothing to learn from it.
     """
 
     teacher: Embeddings
     positives: Tensor
     pairs: int
     queue: Embeddings | None = None
+    own_images: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ class Objective(nn.Module):
         alone = torch.eye(targets.pairs, device=own.images.device).bool()
         positives = targets.positives if self.weights.multi_positive else alone
         queue = None if targets.queue is None else targets.queue.as_constants(like=own.images)
-        rows = Rows(own, mapped, teacher, positives, targets.pairs, queue)
+        rows = Rows(own, mapped, teacher, positives, targets.pairs, queue, targets.own_images)
         yield from measure(rows, self.weights, weights, self._scales(), self.fuse)
 
     def _scales(self) -> Scales:

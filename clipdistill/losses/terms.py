@@ -49,6 +49,7 @@ class Rows:
         positives: bool [pairs, pairs].
         pairs: How many rows are paired.
         queue: Further unit rows of the teacher, or None.
+        own_images: Whether the student's images are its own; otherwise they are the teacher's.
     """
 
     student: Embeddings
@@ -57,11 +58,12 @@ class Rows:
     positives: Tensor
     pairs: int
     queue: Embeddings | None
+    own_images: bool = True
 
     def paired(self) -> Rows:
         """The pairs alone."""
         sides = (self.student.first(self.pairs), self.projected.first(self.pairs), self.teacher.first(self.pairs))
-        return Rows(*sides, self.positives, self.pairs, self.queue)
+        return Rows(*sides, self.positives, self.pairs, self.queue, self.own_images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,8 @@ def measure(
         yield from _task_terms(paired, wanted, scales)
     if "affinity" in wanted:
         yield from _affinity_terms(rows if weights.affinity_rows == "all" else paired, weights, scales)
-    yield from _feature_terms("feature_image", wanted, rows.projected.images, rows.teacher.images)
+    if rows.own_images:
+        yield from _feature_terms("feature_image", wanted, rows.projected.images, rows.teacher.images)
     yield from _feature_terms("feature_text", wanted, rows.projected.texts, rows.teacher.texts)
     if rows.pairs:
         yield from _anchored_terms(paired, weights, wanted, scales)
@@ -165,10 +168,11 @@ def _anchored_terms(rows: Rows, weights: LossWeights, wanted: Collection[str], s
 def _unpaired_terms(rows: Rows, weights: LossWeights, wanted: Collection[str], teacher: TeacherScale) -> Iterator[Term]:
     """The terms that are measured within each modality, or against stored rows, and added up."""
     projected, stored = rows.projected, rows.teacher
+    first = 0 if rows.own_images else 1  # the pictures' side, then the texts'
     if "pseudo_relation" in wanted:
         sides = ((projected.images, stored.images), (projected.texts, stored.texts))
         yield from _sum(
-            "pseudo_relation", [pseudo_relation_loss(*side, teacher.scale) for side in sides if len(side[0])]
+            "pseudo_relation", [pseudo_relation_loss(*side, teacher.scale) for side in sides[first:] if len(side[0])]
         )
     if "queue" in wanted and rows.queue is not None:
         crossed = (
@@ -177,7 +181,7 @@ def _unpaired_terms(rows: Rows, weights: LossWeights, wanted: Collection[str], t
         )
         losses = [
             queue_loss(*each, teacher.scale, weights.temperature, teacher.members)
-            for each in crossed
+            for each in crossed[first:]
             if all(len(side) for side in each)
         ]
         yield from _sum("queue", [loss / 2 for loss in losses])

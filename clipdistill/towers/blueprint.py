@@ -13,6 +13,9 @@ from clipdistill.core.errors import ConfigError, suggest
 
 Json = dict[str, Any]
 
+TEACHER = "teacher"
+"""What ``student.image`` says where pictures stay the teacher's: no tower of this name is built."""
+
 _PRESETS = Path(__file__).parent / "presets"
 _TEXT_KEYS = (
     "context_length",
@@ -87,10 +90,10 @@ def student_faults(image: str, text: str) -> Iterator[str]:
     """What is wrong with the names of a student's towers, without building them: one sentence a fault.
 
     Args:
-        image: The picture tower's name, as in ``student.image``.
+        image: The picture tower's name, as in ``student.image``; ``teacher`` for none.
         text: The text tower's name, as in ``student.text``.
     """
-    for fault in (_image_fault(image), _text_fault(text)):
+    for fault in (None if image == TEACHER else _image_fault(image), _text_fault(text)):
         if fault is not None:
             yield fault
 
@@ -168,7 +171,7 @@ def _image_fault(name: str) -> str | None:
 
     if name in open_clip.list_models() or name.removeprefix("timm/") in _timm_names():
         return None
-    known = [*presets(), *open_clip.list_models(), *_timm_names()]
+    known = [*presets(), TEACHER, *open_clip.list_models(), *_timm_names()]
     return f"student.image: unknown picture tower {name!r}; {suggest(name, known)}"
 
 

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
+from open_clip.transformer import QuickGELU
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from clipdistill.core.errors import ConfigError
 from clipdistill.towers import weights
 from clipdistill.towers.blueprint import ImageTower, TextTower, image_tower, student_faults, text_tower, timm_defaults
+from clipdistill.towers.encoder import SearchedTeacher
 from clipdistill.towers.inherit import teacher_token_table, token_table
 from clipdistill.towers.preprocess import Preprocess
-from clipdistill.towers.student import MAX_PIXELS, DualEncoder, assemble, projections, seeded
+from clipdistill.towers.student import MAX_PIXELS, DualEncoder, assemble, projected_sides, projections, seeded
 from clipdistill.towers.tokenizer import StudentTokenizer, default_backend, teacher_backend
 from clipdistill.towers.vocabulary import prune
 
-__all__ = ["build_student", "student_faults"]
+__all__ = ["build_query_student", "build_student", "student_faults"]
 
 _FIRST_SCALE = 1 / 0.07  # CLIP's own
 _TOKENIZER = "clipdistill-student"  # any name will do: open_clip reads a folder's own tokenizer when there is one
@@ -96,38 +98,77 @@ def build_student(
         raise ConfigError(faults)
     vocabulary = prune(_backend(plan), texts, size=vocab_size)
     tokenizer = StudentTokenizer(vocabulary.backend, words.text_cfg["context_length"])
-    model_cfg = {
-        "embed_dim": dim,
-        "custom_text": True,
-        "quick_gelu": any(_quick_gelu(plan)),
-        "init_logit_scale": math.log(_FIRST_SCALE if logit_scale is None else logit_scale),
-        **({} if logit_bias is None else {"init_logit_bias": logit_bias}),
-        "vision_cfg": picture.vision_cfg,
-        "text_cfg": {
-            **words.text_cfg,
-            "vocab_size": tokenizer.vocab_size,
-            "hf_tokenizer_name": _TOKENIZER,
-            "pad_id": tokenizer.pad_id,
-            "eos_id": tokenizer.end_id,
-        },
-    }
+    model_cfg = {**_text_model_cfg(plan, tokenizer, dim, logit_scale, logit_bias), "vision_cfg": picture.vision_cfg}
     model: Any = _assembled(model_cfg, picture, seed)
     if image_init == "pretrained":
         weights.fill_image(model.visual, picture, image_weights, pretrained)
     _fill_text(model.text, plan, vocabulary.teacher_ids, seed)
     maps = None if dim == teacher_dim and len(dims) < 2 else projections(dim, teacher_dim, seed, axes)
     student = DualEncoder(
-        model, model_cfg, tokenizer, _preprocess(plan), projection=maps, dims=dims, max_pixels=max_pixels
+        model, model_cfg, tokenizer, _preprocess(plan, picture), projection=maps, dims=dims, max_pixels=max_pixels
     )
+    student.module.eval()
+    return student
+
+
+def build_query_student(
+    *,
+    text: str,
+    dim: int,
+    teacher_dim: int,
+    text_init: Literal["inherit", "pretrained", "random"],
+    texts: Sequence[str],
+    seed: int,
+    searches: SearchedTeacher,
+    pretrained: str | None = None,
+    vocab_size: int | None = None,
+    teacher: TeacherParts | None = None,
+    logit_scale: float | None = None,
+    logit_bias: float | None = None,
+) -> DualEncoder:
+    """Build an untrained text tower for the index that its teacher's pictures are in; pictures stay the teacher's.
+
+    Args:
+        text: As for :func:`build_student`.
+        dim: The width that the tower itself ends in; where it differs from the teacher's, a projection follows.
+        teacher_dim: The width of the teacher's embeddings, and so of the index.
+        text_init: As for :func:`build_student`.
+        texts: What the vocabulary is for.
+        seed: Decides everything that is random.
+        searches: The teacher whose pictures it searches.
+        pretrained: An open_clip tag or checkpoint file, for a pretrained text tower.
+        vocab_size: The most entries of the vocabulary; None keeps all that the texts use.
+        teacher: Its ``model`` and ``tokenizer``; None where only its embeddings are known. The tower takes the
+            activation of the teacher's picture tower, as open_clip has one setting for both.
+        logit_scale: exp(logit_scale) at first; None takes CLIP's 1 / 0.07.
+        logit_bias: SigLIP's bias at first; None for a model without one.
+
+    Returns:
+        The student in eval mode, on the CPU.
+
+    Raises:
+        ConfigError: As :func:`build_student`.
+    """
+    plan = _Plan(None, text_tower(text), "", text_init, pretrained, None, teacher)
+    faults = list(_choice_faults(plan))
+    if faults:
+        raise ConfigError(faults)
+    vocabulary = prune(_backend(plan), texts, size=vocab_size)
+    tokenizer = StudentTokenizer(vocabulary.backend, plan.text.text_cfg["context_length"])
+    model_cfg = _text_model_cfg(plan, tokenizer, dim, logit_scale, logit_bias)
+    model: Any = assemble(model_cfg, seed)
+    _fill_text(model.text, plan, vocabulary.teacher_ids, seed)
+    maps = None if dim == teacher_dim else projections(dim, teacher_dim, seed, sides=projected_sides(searches))
+    student = DualEncoder(model, model_cfg, tokenizer, None, projection=maps, searches=searches)
     student.module.eval()
     return student
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What was chosen, with the towers found."""
+    """What was chosen, with the towers found; no picture tower where pictures stay the teacher's."""
 
-    image: ImageTower
+    image: ImageTower | None
     text: TextTower
     image_init: str
     text_init: str
@@ -137,7 +178,7 @@ class _Plan:
 
 
 def _choice_faults(plan: _Plan) -> Iterator[str]:
-    image, text = plan.image, plan.text
+    text = plan.text
     if plan.text_init == "inherit" and (plan.teacher is None or teacher_token_table(plan.teacher.model) is None):
         yield (
             'student.text_init: "inherit" takes the token table from a teacher\'s text tower, and there is none here '
@@ -150,6 +191,17 @@ def _choice_faults(plan: _Plan) -> Iterator[str]:
         )
     if plan.text_init == "pretrained" and plan.pretrained is None:
         yield f"student.pretrained: missing: the text tower of {text.name} needs an open_clip tag or a file"
+    if plan.image is not None:
+        yield from _picture_faults(plan, plan.image)
+    elif plan.pretrained is not None and plan.text_init != "pretrained":
+        yield (
+            f"student.pretrained: {plan.pretrained!r} is for a pretrained text tower, which {text.name} is not here; "
+            'leave it out, or set student.text_init = "pretrained"'
+        )
+
+
+def _picture_faults(plan: _Plan, image: ImageTower) -> Iterator[str]:
+    text = plan.text
     asks = (plan.image_init == "pretrained" and image.open_clip_name) or plan.text_init == "pretrained"
     if plan.pretrained is not None and not asks:
         yield (
@@ -173,11 +225,37 @@ def _choice_faults(plan: _Plan) -> Iterator[str]:
 def _quick_gelu(plan: _Plan) -> list[bool]:
     """Which activation each pretrained tower asks for that minds; else the one of the picture tower's configuration."""
     image, text, wanted = plan.image, plan.text, []
-    if image.quick_gelu is not None and plan.image_init == "pretrained":
+    if image is not None and image.quick_gelu is not None and plan.image_init == "pretrained":
         wanted.append(image.quick_gelu or weights.needs_quick_gelu(image.name, plan.pretrained))
     if plan.text_init == "pretrained":
         wanted.append(text.quick_gelu or weights.needs_quick_gelu(text.name, plan.pretrained))
-    return wanted or [bool(image.quick_gelu)]
+    return wanted or [_teacher_quick_gelu(plan.teacher) if image is None else bool(image.quick_gelu)]
+
+
+def _teacher_quick_gelu(teacher: TeacherParts | None) -> bool:
+    """Whether the teacher's picture tower has QuickGELU, however it came by it: some tags ask for it, some names."""
+    visual = getattr(getattr(teacher, "model", None), "visual", None)
+    return visual is not None and any(isinstance(part, QuickGELU) for part in visual.modules())
+
+
+def _text_model_cfg(
+    plan: _Plan, tokenizer: StudentTokenizer, dim: int, logit_scale: float | None, logit_bias: float | None
+) -> dict[str, Any]:
+    """The ``model_cfg`` but for the picture tower's part."""
+    return {
+        "embed_dim": dim,
+        "custom_text": True,
+        "quick_gelu": any(_quick_gelu(plan)),
+        "init_logit_scale": math.log(_FIRST_SCALE if logit_scale is None else logit_scale),
+        **({} if logit_bias is None else {"init_logit_bias": logit_bias}),
+        "text_cfg": {
+            **plan.text.text_cfg,
+            "vocab_size": tokenizer.vocab_size,
+            "hf_tokenizer_name": _TOKENIZER,
+            "pad_id": tokenizer.pad_id,
+            "eos_id": tokenizer.end_id,
+        },
+    }
 
 
 def _backend(plan: _Plan) -> Tokenizer:
@@ -239,11 +317,10 @@ def _fill_text(text: Any, plan: _Plan, teacher_ids: list[int | None], seed: int)
             text.token_embedding.weight.data.copy_(token_table(table, teacher_ids, width, generator=generator))
 
 
-def _preprocess(plan: _Plan) -> Preprocess:
+def _preprocess(plan: _Plan, image: ImageTower) -> Preprocess:
     """The tower's own mean, deviation and filter; open_clip's defaults where it has none."""
     import open_clip
 
-    image = plan.image
     known: dict[str, Any] = {}
     if image.open_clip_name is not None and plan.image_init == "pretrained" and plan.pretrained is not None:
         known = open_clip.get_pretrained_cfg(image.open_clip_name, plan.pretrained) or {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,19 @@ import numpy.typing as npt
 from clipdistill.data.records import Picture
 
 Vectors = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchedTeacher:
+    """The teacher whose pictures a student without a picture tower searches.
+
+    Attributes:
+        name: What the teacher is called.
+        fingerprint: Of the teacher: an index of its picture embeddings carries it.
+    """
+
+    name: str
+    fingerprint: str
 
 
 class Encoder(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,9 +20,10 @@ from clipdistill.core.errors import ConfigError, DataError, MismatchError
 from clipdistill.data.pictures import decode
 from clipdistill.data.records import Picture
 from clipdistill.towers import context
-from clipdistill.towers.encoder import Vectors
+from clipdistill.towers.encoder import SearchedTeacher, Vectors
 from clipdistill.towers.matryoshka import sliced
 from clipdistill.towers.preprocess import Preprocess
+from clipdistill.towers.query import TextModel
 from clipdistill.towers.tokenizer import StudentTokenizer, Tokens
 
 Side = Literal["image", "text"]
@@ -29,7 +31,7 @@ Item = TypeVar("Item")
 
 CONFIG, WEIGHTS, PROJECTION = "open_clip_config.json", "open_clip_model.safetensors", "projection.safetensors"
 MAX_PIXELS = 100_000_000
-_KIND, _VERSION = "student", 1
+_KIND, _QUERY_KIND, _VERSION = "student", "query-student", 1
 _REMEDY = "Train the student again, or copy its folder again from where it was made."
 _MOMENTUM = 0.1  # TensorFlow's networks come with 0.01, with which a short run evaluates on stale statistics
 _TEXTS_AT_ONCE = 1 << 16
@@ -38,14 +40,18 @@ _TEXTS_AT_ONCE = 1 << 16
 class DualEncoder:
     """A student that embeds pictures and texts: an :class:`~clipdistill.towers.encoder.Encoder`.
 
+    A student that ``searches`` its teacher's pictures has a text tower alone: it is trained, saved and loaded as any
+    other, but refuses pictures. :class:`clipdistill.search.QuerySide` makes it an encoder for the teacher's index.
+
     Args:
         model: An open_clip CustomTextCLIP, as :func:`assemble` makes it.
-        model_cfg: The ``model_cfg`` that open_clip makes that model from.
+        model_cfg: The ``model_cfg`` that open_clip makes that model from; without ``vision_cfg`` for a text tower.
         tokenizer: Its tokenizer.
-        preprocess: Its preprocessing.
+        preprocess: Its preprocessing; None for a text tower alone.
         projection: ``image`` and ``text`` linear maps to the teacher's space; None where both widths are equal and
             there is one width alone.
         dims: The widths that its embeddings can be cut to, falling, the first its own; none = its own alone.
+        searches: The teacher whose pictures it searches; None for a student with a picture tower of its own.
         max_pixels: Pictures that claim more are refused.
     """
 
@@ -54,15 +60,16 @@ class DualEncoder:
         model: nn.Module,
         model_cfg: Mapping[str, Any],
         tokenizer: StudentTokenizer,
-        preprocess: Preprocess,
+        preprocess: Preprocess | None,
         *,
         projection: nn.ModuleDict | None = None,
         dims: Sequence[int] = (),
+        searches: SearchedTeacher | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.model: Any = model
         self.tokenizer, self.preprocess, self.projection = tokenizer, preprocess, projection
-        self.max_pixels = max_pixels
+        self.searches, self.max_pixels = searches, max_pixels
         self.module = nn.ModuleDict(
             {"model": model} if projection is None else {"model": model, "projection": projection}
         )
@@ -72,6 +79,11 @@ class DualEncoder:
         self.module.to(memory_format=self._memory_format)
 
     @property
+    def model_cfg(self) -> dict[str, Any]:
+        """A copy of the ``model_cfg`` that open_clip makes its model from."""
+        return deepcopy(self._model_cfg)
+
+    @property
     def dim(self) -> int:
         """The width of the embeddings."""
         return int(self._model_cfg["embed_dim"])
@@ -79,11 +91,11 @@ class DualEncoder:
     @property
     def teacher_dim(self) -> int:
         """The width of the teacher's embeddings, which :meth:`to_teacher` maps to."""
-        return self.dim if self.projection is None else len(self.projection.get_parameter("image.weight"))
+        return self.dim if self.projection is None else len(self.projection.get_parameter("text.weight"))
 
     @property
     def parameters(self) -> int:
-        """How many parameters it has: both towers and, where there is one, the projection."""
+        """How many parameters it has: its towers and, where there is one, the projection."""
         return sum(value.numel() for value in self.module.parameters())
 
     @property
@@ -95,7 +107,8 @@ class DualEncoder:
     def fingerprint(self) -> str:
         """SHA-256 of all that decides an embedding: weights, preprocessing, tokenizer; not the logit scale."""
         weights = {name: value for name, value in self.module.state_dict().items() if "logit_" not in name}
-        parts = [fingerprint.of_tensors(weights), self.preprocess.to_open_clip(), self.tokenizer.fingerprint]
+        preprocess = None if self.preprocess is None else self.preprocess.to_open_clip()
+        parts = [fingerprint.of_tensors(weights), preprocess, self.tokenizer.fingerprint]
         return fingerprint.of_value(parts)
 
     def to(self, device: torch.device | str) -> DualEncoder:
@@ -111,7 +124,11 @@ class DualEncoder:
 
         Returns:
             float32 [pictures, dim], unit rows.
+
+        Raises:
+            DataError: If it has no picture tower.
         """
+        self._picture_preprocess()
         features = self.model.visual(pixels.contiguous(memory_format=self._memory_format))
         return F.normalize(features.float(), dim=-1)
 
@@ -131,12 +148,13 @@ class DualEncoder:
 
         Args:
             embeddings: float [rows, dim], or cut to one of ``dims``: the map's first columns are used then.
-            side: Which tower they are from.
+            side: Which tower they are from; a student without a picture tower has the teacher's own pictures, which
+                are there already.
 
         Returns:
             float [rows, teacher_dim], unit rows.
         """
-        if self.projection is None:
+        if self.projection is None or (side == "image" and self.searches is not None):
             return embeddings
         weight = self.projection.get_parameter(f"{side}.weight")
         return F.normalize(F.linear(embeddings, weight[:, : embeddings.shape[1]]), dim=-1)
@@ -155,13 +173,14 @@ class DualEncoder:
             batch: How many go through the tower at once; never changes a result beyond rounding.
 
         Raises:
-            DataError: If a picture cannot be read or decoded, naming it.
+            DataError: If a picture cannot be read or decoded, naming it, or it has no picture tower.
         """
+        preprocess = self._picture_preprocess()
         vectors = np.zeros((len(pictures), self.dim), np.float32)
         with _evaluating(self.module):
             for start in range(0, len(pictures), batch):
                 part = pictures[start : start + batch]
-                pixels = self.preprocess.normalise(np.stack([self._pixels(picture) for picture in part]))
+                pixels = preprocess.normalise(np.stack([self._pixels(picture, preprocess) for picture in part]))
                 embedded = self.embed_pixels(torch.from_numpy(pixels).to(self.device))
                 vectors[start : start + len(part)] = _numpy(embedded)
         return vectors
@@ -221,7 +240,7 @@ class DualEncoder:
         model.load_state_dict(sliced(self.model.state_dict(), model.state_dict()))
         projection = None
         if self.projection is not None:
-            projection = projections(dim, self.teacher_dim)
+            projection = projections(dim, self.teacher_dim, sides=projected_sides(self.searches))
             projection.load_state_dict(sliced(self.projection.state_dict(), projection.state_dict()))
         narrower = DualEncoder(
             model,
@@ -230,13 +249,14 @@ class DualEncoder:
             self.preprocess,
             projection=projection,
             dims=[width for width in self.dims if width <= dim],
+            searches=self.searches,
             max_pixels=self.max_pixels,
         ).to(self.device)
         narrower.module.eval()
         return narrower
 
     def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
-        """Write the student as a folder that open_clip loads as ``local-dir:FOLDER``.
+        """Write the student as a folder that open_clip loads as ``local-dir:FOLDER``, unless it is a text tower alone.
 
         Args:
             folder: Takes the place of whatever is there, at once and only when all is written.
@@ -244,8 +264,7 @@ class DualEncoder:
         """
         folder = Path(folder)
         with files.replaced_folder(folder) as aside:
-            config = {"model_cfg": self._model_cfg, "preprocess_cfg": self.preprocess.to_open_clip()}
-            files.write_json(aside / CONFIG, config)
+            files.write_json(aside / CONFIG, self._config())
             save_file(_plain(self.model), aside / WEIGHTS, metadata={"format": "pt"})
             self.tokenizer.save(aside)
             if self.projection is not None:
@@ -258,7 +277,7 @@ class DualEncoder:
                 "parameters": self.parameters,
                 "extra": dict(extra or {}),
             }
-            manifest.write(aside, _KIND, _VERSION, values)
+            manifest.write(aside, _KIND if self.searches is None else _QUERY_KIND, _VERSION, values)
 
     @staticmethod
     def load(folder: str | Path, *, max_pixels: int = MAX_PIXELS) -> DualEncoder:
@@ -273,7 +292,7 @@ class DualEncoder:
             MismatchError: If a file is missing or is not the one that was written.
         """
         folder = Path(folder)
-        values = manifest.read(folder, _KIND, _VERSION, _REMEDY)
+        values = manifest.read(folder, (_KIND, _QUERY_KIND), _VERSION, _REMEDY)
         manifest.verify_files(folder, values.get("files", {}), _REMEDY)
         config = files.read_json(folder / CONFIG)
         try:
@@ -284,12 +303,13 @@ class DualEncoder:
                 f"installed: {manifest.libraries()}"
             ) from fault
         model.load_state_dict(load_file(folder / WEIGHTS))
+        searches = SearchedTeacher(**config["searches"]) if "searches" in config else None
         projection = None
         if (folder / PROJECTION).exists():
-            projection = projections(values["dim"], values["teacher_dim"])
+            projection = projections(values["dim"], values["teacher_dim"], sides=projected_sides(searches))
             projection.load_state_dict(load_file(folder / PROJECTION))
         tokenizer = StudentTokenizer.load(folder)
-        preprocess = Preprocess.from_open_clip(config["preprocess_cfg"])
+        preprocess = Preprocess.from_open_clip(config["preprocess_cfg"]) if searches is None else None
         student = DualEncoder(
             model,
             config["model_cfg"],
@@ -297,6 +317,7 @@ class DualEncoder:
             preprocess,
             projection=projection,
             dims=values.get("dims", ()),
+            searches=searches,
             max_pixels=max_pixels,
         )
         if student.fingerprint != values["fingerprint"]:
@@ -304,49 +325,84 @@ class DualEncoder:
         student.module.eval()
         return student
 
-    def _pixels(self, picture: Picture) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def _config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {"model_cfg": self._model_cfg}
+        if self.preprocess is not None:
+            config["preprocess_cfg"] = self.preprocess.to_open_clip()
+        if self.searches is not None:
+            config["searches"] = asdict(self.searches)
+        return config
+
+    def _picture_preprocess(self) -> Preprocess:
+        """Its preprocessing.
+
+        Raises:
+            DataError: If it has no picture tower.
+        """
+        if self.preprocess is None:
+            name = "the teacher" if self.searches is None else f"the teacher {self.searches.name}"
+            raise DataError(
+                f"this student has a text tower alone: pictures are embedded by {name}. Search its index with texts, "
+                "or embed pictures with that teacher"
+            )
+        return self.preprocess
+
+    def _pixels(self, picture: Picture, preprocess: Preprocess) -> np.ndarray[Any, np.dtype[np.uint8]]:
         try:
             data = picture.read()
         except OSError as fault:
             raise DataError(f"{picture.origin}: cannot be read: {fault.strerror or fault}") from fault
-        return self.preprocess.pixels(decode(data, self.max_pixels, picture.origin))
+        return preprocess.pixels(decode(data, self.max_pixels, picture.origin))
 
 
 def assemble(model_cfg: Mapping[str, Any], seed: int = 0) -> nn.Module:
     """Make a model by open_clip's own class, as open_clip itself would from the saved configuration.
 
     Args:
-        model_cfg: open_clip's ``model_cfg``, with ``custom_text``.
+        model_cfg: open_clip's ``model_cfg``, with ``custom_text``; without ``vision_cfg`` a text tower alone is made.
         seed: Decides the random weights; the ambient random state is neither used nor moved.
     """
     from open_clip.model import CustomTextCLIP
 
     arguments = {key: deepcopy(value) for key, value in model_cfg.items() if key != "custom_text"}
     with seeded(seed):
-        model: nn.Module = CustomTextCLIP(**arguments)
+        model: nn.Module = CustomTextCLIP(**arguments) if "vision_cfg" in arguments else TextModel(**arguments)
     for part in model.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.momentum = _MOMENTUM
     return model
 
 
-def projections(dim: int, teacher_dim: int, seed: int = 0, axes: Tensor | None = None) -> nn.ModuleDict:
-    """Linear maps from the student's space to the teacher's, at first one and the same rotation for both sides.
+def projections(
+    dim: int,
+    teacher_dim: int,
+    seed: int = 0,
+    axes: Tensor | None = None,
+    *,
+    sides: Sequence[Side] = ("image", "text"),
+) -> nn.ModuleDict:
+    """Linear maps from the student's space to the teacher's, at first one and the same rotation for all sides.
 
     Args:
         dim: The student's width.
         teacher_dim: The teacher's.
         seed: Decides the rotation.
         axes: The rotation itself [teacher_dim, dim], such as the teacher's principal axes; None draws one.
+        sides: Which towers there are.
     """
     with seeded(seed):
         rotation = nn.init.orthogonal_(torch.empty(teacher_dim, dim))
         if axes is not None:
             rotation[:, : axes.shape[1]] = axes  # a student wider than its teacher keeps drawn columns for the rest
-        maps = {side: nn.Linear(dim, teacher_dim, bias=False) for side in ("image", "text")}
+        maps: dict[str, nn.Module] = {side: nn.Linear(dim, teacher_dim, bias=False) for side in sides}
     for linear in maps.values():
-        linear.weight.data.copy_(rotation)
+        linear.get_parameter("weight").data.copy_(rotation)
     return nn.ModuleDict(maps)
+
+
+def projected_sides(searches: SearchedTeacher | None) -> tuple[Side, ...]:
+    """The sides that have a map to the teacher's space: a text tower alone has no picture side."""
+    return ("image", "text") if searches is None else ("text",)
 
 
 @contextmanager

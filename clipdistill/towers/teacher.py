@@ -84,6 +84,11 @@ class Teacher:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
+    def picture_parameters(self) -> int:
+        """How many of them its picture tower has; its texts need the others."""
+        return sum(parameter.numel() for parameter in self.model.visual.parameters())
+
+    @property
     def parts(self) -> dict[str, str]:
         """SHA-256 of what decides its embeddings: weights, preprocessing, tokenizer."""
         preprocess = getattr(getattr(self.model, "visual", None), "preprocess_cfg", None) or str(self.transform)

@@ -46,7 +46,7 @@ class Batch:
 
     Attributes:
         step: The step, counted from 0.
-        pixels: float32 [images, 3, height, width].
+        pixels: float32 [images, 3, height, width]; [images, 3, 0, 0] for a student without a picture tower.
         tokens: int64 [texts, length].
         teacher_images: float32 [images, D], unit rows; [images, 0] before a live teacher has embedded the batch.
         teacher_texts: float32 [texts, D], unit rows; [texts, 0] before a live teacher has.

@@ -18,7 +18,7 @@ from clipdistill.data.records import Pair
 from clipdistill.data.views import View
 from clipdistill.training.batch import Batch, RowFacts, TeacherInput
 from clipdistill.training.live import DrawnViews, LiveRows
-from clipdistill.training.pictures import PictureReader, Preparation, ReadPictures
+from clipdistill.training.pictures import PictureReader, Preparation, ReadPictures, unread_pictures
 from clipdistill.training.queue import Queue
 from clipdistill.training.sampler import Stream, choose
 
@@ -131,7 +131,7 @@ class BatchMaker:
     is a view that was never drawn before.
 
     Args:
-        preprocess: The student's preprocessing.
+        preprocess: The student's preprocessing; None where it has no picture tower: then no picture is read.
         tokenizer: The student's tokenizer.
         cache: The teacher's rows; beside a live teacher only the marks of its pictures are used.
         data: What to train on.
@@ -150,7 +150,7 @@ class BatchMaker:
 
     def __init__(
         self,
-        preprocess: Preparation,
+        preprocess: Preparation | None,
         tokenizer: Tokenizer,
         cache: TeacherRows,
         data: TrainingData,
@@ -170,7 +170,9 @@ class BatchMaker:
         self._views = cache.views if live is None else live.drawn.count
         shown = cache if live is None else _LivePictures(live.drawn, cache)
         transforms = [one.prepare for one in self._inputs]
-        self._reader = PictureReader(preprocess, shown, max_pixels, keep_bytes, transforms)
+        self._reader = None
+        if preprocess is not None:
+            self._reader = PictureReader(preprocess, shown, max_pixels, keep_bytes, transforms)
         self._tokenizer = tokenizer
         self._tokens: dict[str, npt.NDArray[np.int32]] = {}
         self._pairs = data.pairs
@@ -222,7 +224,8 @@ class BatchMaker:
 
     def read_pictures(self, step: int) -> ReadPictures:
         """The part of a batch that is worth a process of its own."""
-        return self._reader.read(self._plan(step).pictures)
+        pictures = self._plan(step).pictures
+        return unread_pictures(len(pictures)) if self._reader is None else self._reader.read(pictures)
 
     def _finished(self, step: int, pictures: ReadPictures) -> Batch:
         if pictures.changed is not None:

@@ -249,21 +249,22 @@ def _taught(run: _Run, batch: Batch) -> Batch:
 
 
 def _losses(run: _Run, batch: Batch) -> LossTerms:
-    student = run.student
+    student, query_side = run.student, run.student.searches is not None
     with numerics.autocast(run.precision, run.device):
         # A tower without rows is not run: not every network takes an empty batch.
         none = batch.pixels.new_zeros(0, student.dim)
-        images = student.embed_pixels(batch.pixels) if len(batch.pixels) else none
+        images = student.embed_pixels(batch.pixels) if len(batch.pixels) and not query_side else none
         texts = student.embed_tokens(batch.tokens) if len(batch.tokens) else none
-    own = Embeddings(images, texts)
+    own = Embeddings(batch.teacher_images if query_side else images, texts)
     projected = Embeddings(student.to_teacher(own.images, "image"), student.to_teacher(own.texts, "text"))
+    own = projected if query_side else own  # its texts meet the teacher's pictures, in the teacher's space
     teacher = Embeddings(batch.teacher_images, batch.teacher_texts)
     narrower = [_narrower(student, own, dim) for dim in student.dims[1:]]
     extra = [term for one in run.extras for term in one.terms(student, batch, own)]
-    targets = Targets(teacher, batch.positives, batch.pairs, batch.queue)
+    targets = Targets(teacher, batch.positives, batch.pairs, batch.queue, own_images=not query_side)
     share = batch.step / run.train.steps
     # Behind the further losses, which watch what the student does with the whole pictures.
-    masked = _masked(run, batch) if len(batch.pixels) and run.objective.wants_masked(share) else None
+    masked = _masked(run, batch) if len(batch.pixels) and not query_side and run.objective.wants_masked(share) else None
     terms: LossTerms = run.objective(
         own, projected, targets, masked=masked, narrower=narrower, extra=extra, share=share
     )
