@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, Protocol, final
 
 from clipdistill.core.errors import DataError, MismatchError
 from clipdistill.data.records import Picture
 from clipdistill.retrieval.exact import Vectors
 from clipdistill.retrieval.index import VectorIndex
-from clipdistill.towers.encoder import Encoder
+from clipdistill.towers.encoder import Encoder, SearchedTeacher
 
 MOST_HITS = 1000
 
@@ -27,6 +28,93 @@ class Hit:
     rank: int
     key: str
     score: float
+
+
+class TextStudent(Protocol):
+    """What :class:`QuerySide` needs of a student."""
+
+    @property
+    def searches(self) -> SearchedTeacher | None:
+        """The teacher whose pictures it searches; None where it has a picture tower of its own."""
+        ...
+
+    @property
+    def teacher_dim(self) -> int:
+        """The width of the teacher's embeddings."""
+        ...
+
+    def encode_texts(self, texts: Sequence[str], batch: int = 256) -> Vectors:
+        """Embed texts, in the student's own width."""
+        ...
+
+    def to_teacher_vectors(self, vectors: Vectors, side: Literal["image", "text"]) -> Vectors:
+        """Map embeddings to the teacher's space."""
+        ...
+
+
+@final
+class QuerySide:
+    """A text tower that asks in its teacher's space: an :class:`~clipdistill.towers.encoder.Encoder` for its index.
+
+    Its fingerprint is the teacher's, because that is what made the pictures' vectors. So an index that was built from
+    the teacher long before there was a student is searched as it lies::
+
+        student = DualEncoder.load("runs/NAME/student")
+        index = VectorIndex.load("the/teachers/index", encoder=student.searches.fingerprint)
+        Searcher(QuerySide(student), index).by_text("a red bicycle")
+
+    and vectors of another origin become one with
+    ``VectorIndex.build(vectors, keys, encoder=student.searches.fingerprint)``.
+
+    Args:
+        student: A student without a picture tower.
+        teacher: The live teacher, for pictures; None where pictures are not to be embedded.
+
+    Raises:
+        DataError: If the student has a picture tower of its own: its vectors are not the teacher's.
+        MismatchError: If the teacher is not the one that the student searches.
+    """
+
+    __slots__ = ("_searches", "_student", "_teacher")
+
+    def __init__(self, student: TextStudent, teacher: Encoder | None = None) -> None:
+        if student.searches is None:
+            raise DataError(
+                "the student has a picture tower of its own: its vectors are not the teacher's. Search the index that "
+                "was built with the student"
+            )
+        if teacher is not None and teacher.fingerprint != student.searches.fingerprint:
+            remedy = f"Give the teacher that the student was trained for ({student.searches.name})"
+            raise MismatchError("teacher", "fingerprint", student.searches.fingerprint, teacher.fingerprint, remedy)
+        self._student, self._searches, self._teacher = student, student.searches, teacher
+
+    @property
+    def dim(self) -> int:
+        """The width of the teacher's embeddings."""
+        return self._student.teacher_dim
+
+    @property
+    def fingerprint(self) -> str:
+        """The teacher's."""
+        return self._searches.fingerprint
+
+    def encode_texts(self, texts: Sequence[str], batch: int = 256) -> Vectors:
+        """Embed texts with the student, in the teacher's space: float32 [len(texts), dim], unit rows."""
+        return self._student.to_teacher_vectors(self._student.encode_texts(texts, batch), "text")
+
+    def encode_images(self, pictures: Sequence[Picture], batch: int = 64) -> Vectors:
+        """Embed pictures with the teacher: float32 [len(pictures), dim], unit rows.
+
+        Raises:
+            DataError: If a picture cannot be decoded, or the teacher is not at hand.
+        """
+        if self._teacher is None:
+            raise DataError(
+                f"pictures are embedded by the teacher {self._searches.name}, which is not at hand: the student has a "
+                "text tower alone. Search with words, or give the teacher itself (teacher.model in the run's "
+                "configuration)"
+            )
+        return self._teacher.encode_images(pictures, batch)
 
 
 @final

@@ -9,7 +9,14 @@ from oracles_retrieval import ToyEncoder
 
 from clipdistill.core.errors import ConfigError, DataError, MismatchError
 from clipdistill.data.records import Pair, Picture
-from clipdistill.evaluation import Embedded, RetrievalReport, evaluate, evaluate_embedded, judged
+from clipdistill.evaluation import (
+    Embedded,
+    RetrievalReport,
+    evaluate,
+    evaluate_embedded,
+    evaluate_query_side,
+    judged,
+)
 
 
 def pair(key, captions, data=None):
@@ -391,3 +398,44 @@ def test_embeddings_cut_to_a_width_are_pairings_of_their_own():
             assert found == alone.value(measure=measure, k=5, pairing=pairing)
     assert report.value(measure="overlap", k=5, pairing="student@4") < 1
     assert report.value(measure="overlap", k=5, pairing="student_query_teacher_index@4") == 1
+
+
+def test_texts_alone_are_measured_against_the_teachers_pictures_in_both_directions():
+    """Each pairing beside slow rankings: student texts x teacher pictures, and teacher pictures x student texts."""
+    rows = judged("test", toy_pairs())
+    pictures, theirs = TEACHER.encode_images(rows.pictures), TEACHER.encode_texts(rows.texts)
+    mine = STUDENT.encode_texts(rows.texts)
+    teacher = Embedded(pictures, theirs, TEACHER.fingerprint)
+    found = evaluate_query_side(rows, mine, STUDENT.fingerprint, teacher=teacher, factory="Flat", ks=(5,), seed=3)
+    cases = (
+        ("text_to_image", "student_query_teacher_index", (mine, pictures), (theirs, pictures), rows.relevant_pictures),
+        ("image_to_text", "teacher_query_student_index", (pictures, mine), (pictures, theirs), rows.relevant_texts),
+    )
+    for direction, pairing, own, reference, relevant in cases:
+        asked, wanted = ([[row for row, _ in hits] for hits in slow.slow_top_k(*pair, 5)] for pair in (own, reference))
+        right = [any(row in answers for row in hits) for hits, answers in zip(asked, relevant, strict=True)]
+        best = [any(row in answers for row in hits) for hits, answers in zip(wanted, relevant, strict=True)]
+        common = [len(set(one) & set(other)) / 5 for one, other in zip(asked, wanted, strict=True)]
+        for search in ("exact", "index"):
+            where = {"k": 5, "direction": direction, "pairing": pairing, "search": search}
+            assert found.value(measure="success", **where) == pytest.approx(np.mean(right))
+            assert found.value(measure="overlap", **where) == pytest.approx(np.mean(common))
+            assert found.value(measure="retention", **where) == pytest.approx(np.mean(right) / np.mean(best))
+    assert {row.pairing for row in found.rows} == {
+        "teacher",
+        "student_query_teacher_index",
+        "teacher_query_student_index",
+    }
+    assert found.protocol[0]["student"] == STUDENT.fingerprint
+    assert "no picture tower" in found.protocol[0]["left_out"][0]
+
+
+def test_a_set_without_texts_cannot_be_asked_by_texts_alone():
+    rows = judged("bare", [Pair(p.key, p.picture, ()) for p in toy_pairs(4)])
+    teacher = Embedded(TEACHER.encode_images(rows.pictures), np.empty((0, TEACHER.dim), np.float32), "t")
+    with pytest.raises(DataError, match="bare: there are no texts"):
+        evaluate_query_side(rows, teacher.texts, "s", teacher=teacher)
+    rows = judged("test", toy_pairs(4))
+    teacher = Embedded(TEACHER.encode_images(rows.pictures), TEACHER.encode_texts(rows.texts), "t")
+    with pytest.raises(DataError, match="embeddings"):
+        evaluate_query_side(rows, teacher.texts[:-1], "s", teacher=teacher)

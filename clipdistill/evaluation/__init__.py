@@ -1,6 +1,6 @@
 """Evaluation: encode once, search exactly and through an index, and compare with the truth and with the teacher."""
 
-from clipdistill.evaluation.measured import evaluate, evaluate_embedded
+from clipdistill.evaluation.measured import evaluate, evaluate_embedded, evaluate_query_side
 from clipdistill.evaluation.report import QueryRow, ReportRow, RetrievalReport
 from clipdistill.evaluation.sets import Embedded, Judged, judged
 
@@ -12,5 +12,6 @@ __all__ = [
     "RetrievalReport",
     "evaluate",
     "evaluate_embedded",
+    "evaluate_query_side",
     "judged",
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from clipdistill.core.errors import ConfigError
+from clipdistill.core.errors import ConfigError, DataError
 from clipdistill.data.records import Pair
 from clipdistill.evaluation.report import EXACT, INDEX_PREFIX, QueryRow, ReportRow, RetrievalReport
 from clipdistill.evaluation.sets import Direction, Embedded, Judged, check_embedded, directions_of, judged
@@ -19,6 +20,8 @@ from clipdistill.retrieval.measures import Hits, Values
 from clipdistill.towers.encoder import Encoder
 
 TEACHER, STUDENT, QUERY_SIDE = "teacher", "student", "student_query_teacher_index"
+TEXT_SIDE = "teacher_query_student_index"
+"""The teacher's pictures against the texts of a student that has no pictures: the other way round."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +128,67 @@ def evaluate_embedded(
     rows: list[ReportRow] = []
     per_query: list[QueryRow] = []
     for direction in directions:
-        found = list(_searches(direction, pairings, factory, cutoffs[-1]))
-        columns = [column for one in found for column in _columns(direction, one, found, cutoffs)]
-        rows += _rows(judged.name, direction, columns, seed)
-        per_query += [row for one in found for row in _query_rows(judged.name, direction, one, columns, cutoffs)]
+        measured, queries = _measure(judged.name, direction, pairings, factory, cutoffs, seed)
+        rows += measured
+        per_query += queries
     protocol = _protocol(judged, directions, student, teacher, cutoffs, seed, left_out)
     return RetrievalReport(tuple(rows), tuple(per_query), (protocol,))
+
+
+def evaluate_query_side(
+    judged: Judged,
+    texts: Vectors,
+    fingerprint: str,
+    *,
+    teacher: Embedded,
+    factory: str | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    seed: int = 0,
+) -> RetrievalReport:
+    """Measure a student that has texts alone, in its teacher's space: there is no student's own picture to search.
+
+    Text to image is the student's queries against the teacher's index (``student_query_teacher_index``), and image to
+    text the teacher's pictures against an index of the student's texts (``teacher_query_student_index``).
+
+    Args:
+        judged: The set; at least one text.
+        texts: The student's embeddings of its texts in the teacher's space: unit rows [texts, D].
+        fingerprint: The student's.
+        teacher: The teacher's embeddings of the set.
+        factory: As for :func:`evaluate_embedded`.
+        ks: The cut-offs.
+        seed: Of the bootstrap.
+
+    Raises:
+        DataError: If there is nothing to measure, or the embeddings do not fit the set.
+        ConfigError: If a cut-off or the factory is not valid.
+    """
+    cutoffs = _checked_ks(ks)
+    directions = directions_of(judged, labelled_only=False)
+    if not judged.texts:
+        raise DataError(f"{judged.name}: there are no texts, and a student without a picture tower has nothing to ask")
+    mixed = Embedded(teacher.images, texts, fingerprint)
+    for who in (teacher, mixed):
+        check_embedded(judged, who)
+    measured = []
+    for direction in directions:
+        asked = {QUERY_SIDE: (mixed, teacher)} if direction.name == "text_to_image" else {TEXT_SIDE: (teacher, mixed)}
+        pairings = {TEACHER: (teacher, teacher), **asked}
+        measured.append(_measure(judged.name, direction, pairings, factory, cutoffs, seed))
+    left_out = [f"{STUDENT}: the student has no picture tower: pictures are the teacher's"]
+    protocol = _protocol(judged, directions, mixed, teacher, cutoffs, seed, left_out)
+    rows, queries = zip(*measured, strict=True)
+    return RetrievalReport(tuple(chain(*rows)), tuple(chain(*queries)), (protocol,))
+
+
+def _measure(
+    name: str, direction: Direction, pairings: _Pairings, factory: str | None, ks: Sequence[int], seed: int
+) -> tuple[list[ReportRow], list[QueryRow]]:
+    """All pairings of one direction: the measured rows, and what each query returned."""
+    found = list(_searches(direction, pairings, factory, ks[-1]))
+    columns = [column for one in found for column in _columns(direction, one, found, ks)]
+    queries = [row for one in found for row in _query_rows(name, direction, one, columns, ks)]
+    return list(_rows(name, direction, columns, seed)), queries
 
 
 def _checked_ks(ks: Sequence[int]) -> tuple[int, ...]:

@@ -24,7 +24,8 @@ class ReportRow:
     Attributes:
         set: The evaluation set's name.
         direction: ``text_to_image``, ``image_to_text`` or ``image_to_image``: queries, then gallery.
-        pairing: ``teacher`` (teacher x teacher), ``student`` (student x student) or ``student_query_teacher_index``.
+        pairing: ``teacher`` (teacher x teacher), ``student`` (student x student), ``student_query_teacher_index``, or
+            the other way round ``teacher_query_student_index``.
         search: ``exact``, or ``index:`` and the FAISS factory.
         measure: ``success``, ``recall``, ``overlap``, ``teacher_top1``, ``rbo`` or ``retention``.
         k: The cut-off; for ``rbo`` the depth that was read.

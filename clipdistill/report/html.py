@@ -18,7 +18,7 @@ from clipdistill.report.figures import Size, recall_budget, size_against_recall,
 from clipdistill.report.members import member_headings, member_tables
 from clipdistill.report.panel import Drawing
 from clipdistill.report.strips import SHOWN, Choice, choose, strips_of, thumbnails
-from clipdistill.report.tables import QUERY_SIDE, STUDENT, TEACHER, TEXT_TO_IMAGE, ResultTable
+from clipdistill.report.tables import QUERY_SIDE, STUDENT, TEACHER, TEXT_SIDE, TEXT_TO_IMAGE, ResultTable
 
 _TEMPLATE = "page.html.j2"
 _BUDGET = (
@@ -27,6 +27,12 @@ _BUDGET = (
     ("student, exact search", STUDENT, "exact"),
     ("student, through the index", STUDENT, "index"),
 )
+_WITH_TEACHER = (
+    ("student's queries, teacher's index", QUERY_SIDE, "index"),
+    ("teacher's queries, student's vectors", TEXT_SIDE, "exact"),
+    ("teacher's queries, student's index", TEXT_SIDE, "index"),
+)
+"""The further steps where the student has no picture tower."""
 # Characters that HTML forbids even escaped; a caption may hold them.
 _FORBIDDEN = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "�")
 
@@ -98,6 +104,7 @@ def render(
             comparisons=tables.comparisons(report),
             members=member_tables(report, results),
             member_headings=member_headings,
+            savings=tables.savings(report),
             curves=training_curves(metrics),
             choices={name: choice for name, choice in choices.items() if choice.best or choice.worst},
             shown_hits=SHOWN,
@@ -149,7 +156,7 @@ def _tiles(report: Mapping[str, Any], results: Sequence[ResultTable]) -> list[Ti
     found = []
     table = next((table for table in results if table.direction == TEXT_TO_IMAGE), None)
     if table is not None:
-        kept, overlap = table.cell("retention", STUDENT), table.cell("overlap", STUDENT)
+        kept, overlap = table.cell("retention", table.student), table.cell("overlap", table.student)
         found.append(
             Tile(kept.text, f"of the teacher's success@{table.k} kept", f"{kept.interval} on “{table.set}”".strip())
         )
@@ -159,7 +166,9 @@ def _tiles(report: Mapping[str, Any], results: Sequence[ResultTable]) -> list[Ti
     sizes, speeds = tables.both(report, "sizes"), tables.both(report, "speeds")
     smaller = tables.ratio(*sizes, "parameters")
     if smaller is not None and smaller >= 1:
-        found.append(Tile(tables.times(smaller), "fewer parameters", "teacher ÷ student"))
+        part = (report.get("sizes") or {}).get("part")
+        what = f"fewer parameters in the {part}" if part else "fewer parameters"
+        found.append(Tile(tables.times(smaller), what, "teacher ÷ student"))
     for field, unit in (("images_per_s", "pictures"), ("texts_per_s", "texts")):
         faster = tables.times(tables.ratio(*speeds[::-1], field))
         found.append(Tile(faster, f"{unit} a second", "student ÷ teacher"))
@@ -170,7 +179,8 @@ def _budgets(results: Sequence[ResultTable]) -> list[Drawing]:
     """A figure for each set and direction: success from the teacher down to the student's index."""
     drawings = []
     for table in results:
-        steps = [(name, table.cell("success", pairing, search).value) for name, pairing, search in _BUDGET]
+        budget = _BUDGET if table.student == STUDENT else (*_BUDGET, *_WITH_TEACHER)
+        steps = [(name, table.cell("success", pairing, search).value) for name, pairing, search in budget]
         drawing = recall_budget(f"{table.set}: {table.title.lower()}, success@{table.k}", steps)
         if drawing is not None:
             drawings.append(drawing)
@@ -185,6 +195,6 @@ def _size_figure(report: Mapping[str, Any], results: Sequence[ResultTable]) -> D
     models = []
     for who in (TEACHER, STUDENT):
         facts = sizes.get(who) or {}
-        reached = {table.set: table.cell("success", who).value for table in asked}
+        reached = {table.set: table.cell("success", who if who == TEACHER else table.student).value for table in asked}
         models.append(Size(who, facts.get("parameters"), facts.get("megabytes"), reached))
     return size_against_recall(models, asked[0].k)

@@ -15,7 +15,7 @@ from clipdistill.core.errors import DataError
 from clipdistill.data.pictures import decode
 from clipdistill.data.records import Picture
 from clipdistill.evaluation import QueryRow, RetrievalReport
-from clipdistill.report.tables import EXACT, STUDENT, TEACHER, TEXT_TO_IMAGE
+from clipdistill.report.tables import EXACT, QUERY_SIDE, STUDENT, TEACHER, TEXT_TO_IMAGE
 
 THUMBNAIL = 96
 """The longer side of a thumbnail, in pixels."""
@@ -82,13 +82,16 @@ class Choice:
 def strips_of(report: RetrievalReport, name: str) -> list[Strip]:
     """Every text query of a set that both models answered by exact search, in the report's order.
 
+    A student without pictures of its own answers from its teacher's.
+
     Args:
         report: The retrieval report.
         name: The evaluation set.
     """
     rows = report.queries(set=name, direction=TEXT_TO_IMAGE, search=EXACT)
     teachers = {row.query: row for row in rows if row.pairing == TEACHER}
-    students = [row for row in rows if row.pairing == STUDENT and row.query in teachers]
+    pairing = STUDENT if any(row.pairing == STUDENT for row in rows) else QUERY_SIDE
+    students = [row for row in rows if row.pairing == pairing and row.query in teachers]
     return [_strip(teachers[row.query], row) for row in students]
 
 

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clipdistill.core.progress import duration
 from clipdistill.evaluation import ReportRow, RetrievalReport
 
 MISSING = "n/a"
 EXACT, INDEX_PREFIX = "exact", "index:"
 TEACHER, STUDENT, QUERY_SIDE = "teacher", "student", "student_query_teacher_index"
+TEXT_SIDE = "teacher_query_student_index"
 TEXT_TO_IMAGE = "text_to_image"
 DIRECTIONS: Mapping[str, tuple[str, str, str]] = {
     TEXT_TO_IMAGE: ("Text → picture", "text", "pictures"),
@@ -35,6 +37,8 @@ _LABELS: Mapping[tuple[str, bool], str] = {
     (TEACHER, False): "teacher, through",
     (QUERY_SIDE, True): "student's queries, teacher's vectors",
     (QUERY_SIDE, False): "student's queries, teacher's",
+    (TEXT_SIDE, True): "teacher's queries, student's vectors",
+    (TEXT_SIDE, False): "teacher's queries, student's",
     (STUDENT, True): "student, exact search",
     (STUDENT, False): "student, through",
 }
@@ -96,6 +100,12 @@ class ResultTable:
     lines: tuple[Line, ...]
     k: int
 
+    @property
+    def student(self) -> str:
+        """The pairing that stands for the student: its own, or that with its teacher where it has no picture tower."""
+        found = {line.pairing for line in self.lines}
+        return next((pairing for pairing in (STUDENT, QUERY_SIDE, TEXT_SIDE) if pairing in found), STUDENT)
+
     def cell(self, measure: str, pairing: str, search: str = EXACT) -> Cell:
         """One value at the table's cut-off, ``n/a`` where there is none; ``index`` means whichever was measured."""
         for line in self.lines:
@@ -147,7 +157,7 @@ def _table(name: str, direction: str, rows: Sequence[ReportRow]) -> ResultTable:
 
 def _place(kind: tuple[str, str]) -> tuple[int, int, bool, str]:
     """The order in which recall is lost: teacher, student's queries, student, each the widest first, then its index."""
-    order = (TEACHER, QUERY_SIDE, STUDENT)
+    order = (TEACHER, QUERY_SIDE, TEXT_SIDE, STUDENT)
     pairing, search = kind
     whole, _, width = pairing.partition("@")
     place = order.index(whole) if whole in order else len(order)
@@ -238,7 +248,8 @@ class Comparison:
 def comparisons(report: Mapping[str, Any]) -> list[Comparison]:
     """Sizes and speeds of the student beside the teacher's, from the run's report."""
     sizes, speeds = both(report, "sizes"), both(report, "speeds")
-    smaller = [("parameters", "parameters", millions), ("size in float32, MB", "megabytes", amount)]
+    part = f" of the {report['sizes']['part']}" if (report.get("sizes") or {}).get("part") else ""
+    smaller = [(f"parameters{part}", "parameters", millions), ("size in float32, MB", "megabytes", amount)]
     faster = [("pictures a second", "images_per_s"), ("texts a second", "texts_per_s")]
     return [
         *(_compare(name, field, *sizes, ratio(*sizes, field), show) for name, field, show in smaller),
@@ -275,16 +286,47 @@ def headline(report: Mapping[str, Any], tables: Sequence[ResultTable]) -> list[s
 
 
 def _kept(table: ResultTable) -> Iterator[str]:
-    cell = table.cell("retention", STUDENT)
+    cell = table.cell("retention", table.student)
     if cell.value is not None:
         yield f"{cell.text}{cell.interval and ' '}{cell.interval} of the teacher's success@{table.k} on “{table.set}”"
 
 
+def savings(report: Mapping[str, Any]) -> list[str]:
+    """What a student saves that is a text tower alone, in sentences; none for one with a picture tower.
+
+    Args:
+        report: The run's report.
+    """
+    saves = report.get("saves")
+    if not saves:
+        return []
+    spent, unneeded = saves.get("seconds_not_spent"), saves.get("picture_parameters_not_loaded")
+    sentences = [
+        f"The teacher's index stays as it is: {count(saves.get('pictures_not_embedded_again'))} pictures are not "
+        "embedded again" + (f" ({duration(spent)} at the teacher's own rate)." if _is_number(spent) else ".")
+    ]
+    teacher, student = (saves["text_tower"].get(who) or {} for who in (TEACHER, STUDENT))
+    mine = f"{millions(student.get('parameters'))} parameters, {amount(student.get('megabytes'))} MB"
+    if _is_number(teacher.get("parameters")):
+        mine += f", where the teacher's has {millions(teacher['parameters'])}, {amount(teacher.get('megabytes'))} MB"
+    if _is_number(saves.get("texts_per_s_ratio")):
+        mine += f"; it embeds {times(saves['texts_per_s_ratio'])} the texts per second"
+    sentences.append(f"Queries need the student's text tower alone: {mine}.")
+    if _is_number(unneeded):
+        sentences.append(
+            f"The teacher's picture tower ({millions(unneeded)} parameters) is needed for new pictures only."
+        )
+    else:
+        sentences.append("No picture tower is loaded to ask; new pictures are embedded by whoever embedded the others.")
+    return sentences
+
+
 def _gains(report: Mapping[str, Any]) -> Iterator[str]:
     sizes, speeds = both(report, "sizes"), both(report, "speeds")
-    smaller = ratio(*sizes, "parameters")
+    smaller, part = ratio(*sizes, "parameters"), (report.get("sizes") or {}).get("part")
     if smaller is not None:
-        yield f"{times(smaller)} fewer parameters" if smaller >= 1 else f"{times(1 / smaller)} the parameters"
+        what = f"parameters in its {part}" if part else "parameters"
+        yield f"{times(smaller)} fewer {what}" if smaller >= 1 else f"{times(1 / smaller)} the {what}"
     for field, unit in (("images_per_s", "pictures"), ("texts_per_s", "texts")):
         faster = ratio(*speeds[::-1], field)
         if faster is not None:

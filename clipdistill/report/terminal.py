@@ -11,10 +11,10 @@ from rich.text import Text
 from clipdistill.evaluation import RetrievalReport
 from clipdistill.report import tables
 from clipdistill.report.members import MemberTable, member_headings, member_tables
-from clipdistill.report.tables import EXACT, QUERY_SIDE, STUDENT, TEACHER, Cell, Line, ResultTable
+from clipdistill.report.tables import EXACT, QUERY_SIDE, STUDENT, TEACHER, TEXT_SIDE, Cell, Line, ResultTable
 
 _LEFT_TO_THE_PAGE = ("recall", "rbo", "teacher_top1")
-_NAMES = {TEACHER: "teacher", QUERY_SIDE: "student on teacher", STUDENT: "student"}
+_NAMES = {TEACHER: "teacher", QUERY_SIDE: "student on teacher", TEXT_SIDE: "teacher on student", STUDENT: "student"}
 _NOTE = "student on teacher: the student's queries against the teacher's vectors; index: through FAISS; else exact"
 
 
@@ -37,7 +37,7 @@ def summary(report: Mapping[str, Any]) -> list[Table | Text | str]:
     for members in member_tables(report, results):
         found += [Text(f"{members.set}: {members.title.lower()}, the teachers", style="bold"), _members(members)]
         found += [Text(members.finding), ""] if members.finding else [""]
-    return [*found, _comparison(report), "", *map(Text, tables.headline(report, results))]
+    return [*found, _comparison(report), "", *map(Text, [*tables.headline(report, results), *tables.savings(report)])]
 
 
 def _results(table: ResultTable) -> Table:
@@ -45,7 +45,9 @@ def _results(table: ResultTable) -> Table:
     shown = _table([tables.heading(*table.columns[place]).replace("@", "\n@") for place in columns])
     for line in table.lines:
         cells = [_cell(line.cells[place], table.columns[place][0]) for place in columns]
-        shown.add_row(_name(line), *cells, style="bold" if (line.pairing, line.search) == (STUDENT, EXACT) else "")
+        shown.add_row(
+            _name(line), *cells, style="bold" if (line.pairing, line.search) == (table.student, EXACT) else ""
+        )
     return shown
 
 

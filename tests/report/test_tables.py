@@ -3,11 +3,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
-from clipdistill.evaluation import RetrievalReport
+from clipdistill.data.records import Pair, Picture
+from clipdistill.evaluation import Embedded, RetrievalReport, evaluate_query_side, judged
 from clipdistill.report import tables
-from clipdistill.report.tables import headline, result_tables
+from clipdistill.report.strips import strips_of
+from clipdistill.report.tables import comparisons, headline, result_tables, savings
 
 
 def test_every_value_of_the_report_stands_in_its_cell(retrieval):
@@ -137,3 +140,60 @@ def test_sizes_and_speeds_side_by_side(report):
 )
 def test_numbers_as_text(shown, expected):
     assert shown == expected
+
+
+def asked_of_the_teacher(name, number):
+    """A report of a student without pictures, on random vectors."""
+    pairs = [Pair(f"{name}/{row}", Picture(str(row), b""), (f"thing{row}", f"a thing{row}")) for row in range(number)]
+    rows, draw = judged(name, pairs), np.random.default_rng(number)
+    images, texts, own = (draw.standard_normal((count, 8)) for count in (number, 2 * number, 2 * number))
+    images, texts, own = (
+        (part / np.linalg.norm(part, axis=1, keepdims=True)).astype(np.float32) for part in (images, texts, own)
+    )
+    return evaluate_query_side(rows, own, "s", teacher=Embedded(images, texts, "t"), factory="Flat", ks=(5, 10))
+
+
+def test_a_student_without_pictures_is_told_by_its_queries_on_the_teachers_vectors(report):
+    retrieval = asked_of_the_teacher("test", 12)
+    tables = result_tables(retrieval)
+    forward, back = (next(t for t in tables if t.direction == name) for name in ("text_to_image", "image_to_text"))
+    assert (forward.student, back.student) == ("student_query_teacher_index", "teacher_query_student_index")
+    assert [line.label for line in back.lines][2:] == [
+        "teacher's queries, student's vectors",
+        "teacher's queries, student's Flat",
+    ]
+    report["evaluation"] = retrieval.to_json()
+    report["sizes"]["part"] = "text tower"
+    first = headline(report, tables)[0]
+    kept = forward.cell("retention", "student_query_teacher_index")
+    assert kept.text in first
+    assert "5.0× fewer parameters in its text tower" in first
+    assert comparisons(report)[0].name == "parameters of the text tower"
+    shown = strips_of(retrieval, forward.set)
+    assert len(shown) == len({row.query for row in retrieval.queries(set=forward.set, direction="text_to_image")})
+    assert savings(report) == []
+
+
+def test_what_is_saved_in_sentences(report):
+    small, large = {"parameters": 2_600_000, "megabytes": 10.4}, {"parameters": 28_000_000, "megabytes": 112.0}
+    report["saves"] = {
+        "pictures_not_embedded_again": 12_345,
+        "seconds_not_spent": 190.0,
+        "text_tower": {"teacher": large, "student": small},
+        "texts_per_s_ratio": 23.9,
+        "picture_parameters_not_loaded": 3_400_000,
+    }
+    assert savings(report) == [
+        "The teacher's index stays as it is: 12,345 pictures are not embedded again (3 min 10 s at the teacher's own "
+        "rate).",
+        "Queries need the student's text tower alone: 2.6 M parameters, 10.4 MB, where the teacher's has 28 M, "
+        "112 MB; it embeds 23.9× the texts per second.",
+        "The teacher's picture tower (3.4 M parameters) is needed for new pictures only.",
+    ]
+    report["saves"] |= {"seconds_not_spent": None, "texts_per_s_ratio": None, "picture_parameters_not_loaded": None}
+    report["saves"]["text_tower"]["teacher"] = {"parameters": None, "megabytes": None}
+    assert savings(report) == [
+        "The teacher's index stays as it is: 12,345 pictures are not embedded again.",
+        "Queries need the student's text tower alone: 2.6 M parameters, 10.4 MB.",
+        "No picture tower is loaded to ask; new pictures are embedded by whoever embedded the others.",
+    ]
