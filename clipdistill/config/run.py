@@ -56,6 +56,7 @@ class RunConfig(Section):
             _set_faults,
             _width_faults,
             _ensemble_faults,
+            _query_side_faults,
         )
         faults = [fault for check in checks for fault in check(self)]
         if faults:
@@ -190,6 +191,33 @@ def _ensemble_faults(config: RunConfig) -> Iterator[str]:
                 f"cache.views: {config.cache.views}, but {where} is a folder of embeddings, which are "
                 "of whole pictures only: set cache.views = 1"
             )
+
+
+def _query_side_faults(config: RunConfig) -> Iterator[str]:
+    """What does not go with ``student.image = "teacher"``, where no picture tower is trained."""
+    student, train = config.student, config.train
+    if student.image != "teacher":
+        return
+    why = 'does not go with student.image = "teacher"'
+    if train.mode != "cached":
+        yield f'train.mode: {train.mode!r} {why}: no picture passes through a student; use train.mode = "cached"'
+    given = {
+        "student.image_init": student.image_init != "pretrained",
+        "student.image_weights": student.image_weights is not None,
+        "student.image_size": student.image_size is not None,
+        "student.dims": len(student.dims) > 1,
+        "train.batch_images": train.batch_images > 0,
+        "train.lr_image": train.lr_image is not None,
+        "train.lr_head": train.lr_head is not None,
+        "loss.masked_feature": bool(config.loss.masked_feature),
+        "features.image": bool(config.features.image),
+    }
+    stay, reasons = "the pictures stay the teacher's", {"student.dims": "the teacher's index has one width"}
+    for key, is_given in given.items():
+        if is_given:
+            yield f"{key}: {why}: {reasons.get(key, stay)}; leave it out"
+    if config.task.kind != "retrieval":
+        yield f'task.kind: {config.task.kind!r} {why}: it needs a picture tower; use task.kind = "retrieval"'
 
 
 def _validated(raw: dict[str, Any], base: Path, checks: Sequence[Check], faults: list[str]) -> RunConfig:

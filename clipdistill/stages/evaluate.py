@@ -10,14 +10,18 @@ from clipdistill.config import evaluation_sets
 from clipdistill.core import files, fingerprint, manifest
 from clipdistill.core.errors import ConfigError
 from clipdistill.data.records import Pair
-from clipdistill.evaluation import Embedded, RetrievalReport, evaluate_embedded, judged
+from clipdistill.evaluation import Embedded, RetrievalReport, evaluate_embedded, evaluate_query_side, judged
+from clipdistill.search import QuerySide
 from clipdistill.speed import compare_speed
+from clipdistill.stages.index import indexed_pairs
 from clipdistill.stages.inputs import RunData
 from clipdistill.stages.members import measure_members
+from clipdistill.stages.query import TEXT_TOWER, savings
 from clipdistill.stages.teachers import WholeTeacher
 from clipdistill.stages.workspace import Workspace
 from clipdistill.towers.matryoshka import cut_vectors
 from clipdistill.towers.student import DualEncoder
+from clipdistill.towers.teacher import Teacher
 
 SCHEMA = "clipdistill.run-report/1"
 _log = logging.getLogger("clipdistill")
@@ -38,8 +42,11 @@ def evaluate_set(
         ks: The cut-offs.
     """
     rows = judged(name, pairs)
-    own = Embedded(student.encode_images(rows.pictures), student.encode_texts(rows.texts), student.fingerprint)
     teacher = Embedded(cache.image_rows(rows.keys), cache.text_rows(rows.texts), cache.fingerprint)
+    if student.searches is not None:
+        texts = QuerySide(student).encode_texts(rows.texts)
+        return evaluate_query_side(rows, texts, student.fingerprint, teacher=teacher, factory=factory, ks=ks, seed=0)
+    own = Embedded(student.encode_images(rows.pictures), student.encode_texts(rows.texts), student.fingerprint)
     narrower = {dim: _with_projected(student, _cut(own, dim)) for dim in student.dims[1:]}
     return evaluate_embedded(
         rows,
@@ -95,7 +102,7 @@ def evaluate(
         _log.info("evaluating %s", name)
         pairs = data.sets[name].pairs
         reports.append(evaluate_set(name, pairs, student, cache, factory=config.index.factory, ks=config.evaluate.ks))
-    report = {
+    report: dict[str, Any] = {
         "schema": SCHEMA,
         "name": config.name,
         "seed": config.seed,
@@ -109,6 +116,8 @@ def evaluate(
     if isinstance(cache, EnsembleCache):
         sets = {name: data.sets[name].pairs for name in evaluation_sets(config)}
         report["members"] = measure_members(cache, sets, teacher, ks=config.evaluate.ks)
+    if student.searches is not None:
+        report["saves"] = savings(len(indexed_pairs(workspace, data)), report["sizes"], report["speeds"])
     files.write_json(workspace.report_json, report)
     workspace.mark_done("evaluate", made_from)
     return report
@@ -124,10 +133,22 @@ def _counts(data: RunData) -> dict[str, Any]:
 
 
 def _sizes(student: DualEncoder, teacher: WholeTeacher | None, cache: AnyCache) -> dict[str, Any]:
+    """Parameters, megabytes and widths; where the student is a text tower alone, of the teacher's text tower too."""
     known = {"name": cache.facts["teacher"]["name"], "dim": cache.dim}
-    large = {"parameters": teacher.parameters, "megabytes": teacher.parameters * 4 / 1e6} if teacher else {}
     small = {"parameters": student.parameters, "megabytes": student.parameters * 4 / 1e6, "dim": student.dim}
-    return {"teacher": {**known, **large}, "student": small}
+    if teacher is None:
+        return {"teacher": known, "student": small, **_part(student)}
+    counted, large = teacher.parameters, {}
+    if student.searches is not None and isinstance(teacher, Teacher):  # an ensemble has no index of one space
+        large = {"picture_parameters": teacher.picture_parameters}
+        counted -= teacher.picture_parameters
+    large |= {"parameters": counted, "megabytes": counted * 4 / 1e6}
+    return {"teacher": {**known, **large}, "student": small, **_part(student)}
+
+
+def _part(student: DualEncoder) -> dict[str, str]:
+    """What the sizes are of, where it is not the whole models."""
+    return {} if student.searches is None else {"part": TEXT_TOWER}
 
 
 def _speeds(data: RunData, student: DualEncoder, teacher: WholeTeacher | None) -> dict[str, Any]:
@@ -136,8 +157,14 @@ def _speeds(data: RunData, student: DualEncoder, teacher: WholeTeacher | None) -
     pictures = [pair.picture for pair in pairs[:_TIMED_PICTURES] if pair.picture is not None]
     texts = list(dict.fromkeys(text for pair in pairs for text in pair.captions))[:_TIMED_TEXTS]
     encoders: dict[str, Any] = {"teacher": teacher, "student": student} if teacher else {"student": student}
-    rates = compare_speed(encoders, pictures, texts)
+    rates = compare_speed(encoders, pictures if student.searches is None else (), texts)
     values: dict[str, Any] = {
         name: {"images_per_s": speed.images_per_s, "texts_per_s": speed.texts_per_s} for name, speed in rates.items()
     }
+    if student.searches is not None:  # pictures are the teacher's alone
+        values["student"]["images_per_s"] = None
+        if teacher is not None:
+            values["teacher"]["images_per_s"] = compare_speed({"teacher": teacher}, pictures, ())[
+                "teacher"
+            ].images_per_s
     return {**values, "pictures": len(pictures), "texts": len(texts), "runtime": "PyTorch, eager, end to end"}

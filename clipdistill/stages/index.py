@@ -5,45 +5,55 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from clipdistill.cache import AnyCache
 from clipdistill.config import known_sets
 from clipdistill.core import fingerprint
 from clipdistill.core.errors import DataError
 from clipdistill.data.readers import PICTURE_SUFFIXES
 from clipdistill.data.records import Pair, Picture
 from clipdistill.retrieval.index import VectorIndex
-from clipdistill.search import Hit, Searcher
+from clipdistill.search import Hit, QuerySide, Searcher
 from clipdistill.stages.inputs import RunData
+from clipdistill.stages.teachers import open_teachers
 from clipdistill.stages.workspace import Workspace
+from clipdistill.towers.encoder import Encoder
 from clipdistill.towers.student import DualEncoder
 
 _log = logging.getLogger("clipdistill")
 
 
-def build_index(workspace: Workspace, data: RunData, student: DualEncoder, *, force: bool = False) -> VectorIndex:
-    """Embed the pictures of the configured sets with the student and build their FAISS index.
+def build_index(
+    workspace: Workspace, data: RunData, cache: AnyCache, student: DualEncoder, *, force: bool = False
+) -> VectorIndex:
+    """Build the FAISS index over the pictures of the configured sets.
+
+    The student embeds them; where it is a text tower alone, the teacher's cached rows are indexed as they are, under
+    the teacher's fingerprint, so that the index outlives the student.
 
     Args:
         workspace: The run.
         data: Its rows.
+        cache: The teacher's embeddings of them.
         student: The finished student.
         force: Build it again.
     """
     config = workspace.config
     pairs = indexed_pairs(workspace, data)
+    keys = [pair.key for pair in pairs]
+    encoder = student.fingerprint if student.searches is None else student.searches.fingerprint
     made_from = {
-        "student": student.fingerprint,
+        "student": encoder,
+        **({} if student.searches is None else {"teacher cache": cache.fingerprint}),
         "factory": config.index.factory,
-        "keys": fingerprint.of_lines(pair.key for pair in pairs),
+        "keys": fingerprint.of_lines(keys),
     }
     if workspace.is_done("index", made_from, workspace.index, force=force):
-        return VectorIndex.load(workspace.index, encoder=student.fingerprint)
+        return VectorIndex.load(workspace.index, encoder=encoder)
     pictures = [pair.picture for pair in pairs if pair.picture is not None]
     if not pictures:
         raise DataError(f"index.sets: {', '.join(config.index.sets) or 'all sets'} hold no pictures to index")
-    vectors = student.encode_images(pictures)
-    index = VectorIndex.build(
-        vectors, [pair.key for pair in pairs], factory=config.index.factory, encoder=student.fingerprint
-    )
+    vectors = student.encode_images(pictures) if student.searches is None else cache.image_rows(keys)
+    index = VectorIndex.build(vectors, keys, factory=config.index.factory, encoder=encoder)
     index.save(workspace.index)
     workspace.mark_done("index", made_from)
     _log.info("index: %d pictures, %s, in %s", len(pairs), index.factory, workspace.index)
@@ -67,20 +77,35 @@ def search(workspace: Workspace, query: str, k: int) -> list[Hit]:
         k: How many hits.
 
     Raises:
-        DataError: If the run has no student or no index yet, or the query names a picture that is not there.
-        MismatchError: If the index was made by another student.
+        DataError: If the run has no student or no index yet, or the query names a picture that is not there, or one
+            that only a teacher could embed of which no more than the embeddings are given.
+        MismatchError: If the index was made by another student, or by another teacher than the one that it searches.
     """
     for verb, folder in (("train", workspace.student), ("index", workspace.index)):
         if not folder.exists():
             raise DataError(f"{folder}: not there yet. Make it with: clipdistill {verb} RUN.toml")
+    picture = _picture(query)
+    encoder = _encoder(workspace, picture)
+    searcher = Searcher(encoder, VectorIndex.load(workspace.index, encoder=encoder.fingerprint))
+    return searcher.by_text(query, k) if picture is None else searcher.by_picture(picture, k)
+
+
+def _encoder(workspace: Workspace, picture: Picture | None) -> Encoder:
+    """What embeds the query: the student, or for a picture that it has no tower for the teacher."""
     student = DualEncoder.load(workspace.student)
-    searcher = Searcher(student, VectorIndex.load(workspace.index, encoder=student.fingerprint))
+    if student.searches is None:
+        return student
+    return QuerySide(student, None if picture is None else open_teachers(workspace.config)[0])
+
+
+def _picture(query: str) -> Picture | None:
+    """The picture that a query names; None where it is a text."""
     path = Path(query)
     if path.suffix and _is_file(path):
-        return searcher.by_picture(Picture(origin=query, path=path), k)
+        return Picture(origin=query, path=path)
     if path.suffix.lower() in PICTURE_SUFFIXES:
         raise DataError(f"{query}: no such picture. Check the path; to search for words, leave {path.suffix} out")
-    return searcher.by_text(query, k)
+    return None
 
 
 def _is_file(path: Path) -> bool:

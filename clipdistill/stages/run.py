@@ -52,13 +52,13 @@ def run(
             **_best(workspace),
         }
     if until == "index":
-        index = build_index(workspace, data, student, force=force)
+        index = build_index(workspace, data, cache, student, force=force)
         return {"folder": str(workspace.index), "vectors": len(index), "factory": index.factory}
     teacher = whole_teacher(workspace.config, teachers)
     report = evaluate(workspace, data, cache, student, teacher, force=force)
     if until == "evaluate":
         return report
-    build_index(workspace, data, student, force=force)
+    build_index(workspace, data, cache, student, force=force)
     make_report(workspace, data)
     return report
 
@@ -71,7 +71,13 @@ def run_all(workspace: Workspace, *, force: bool = False) -> dict[str, Any]:
     if force:
         for stage in STAGES:
             workspace.note(stage).unlink(missing_ok=True)
-        for path in (workspace.training, workspace.student, workspace.index, workspace.folder / "cache"):
+        for path in (
+            workspace.training,
+            workspace.student,
+            workspace.combined,
+            workspace.index,
+            workspace.folder / "cache",
+        ):
             _remove(path)
     return run(workspace)
 

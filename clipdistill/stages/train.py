@@ -22,8 +22,10 @@ from clipdistill.retrieval.exact import exact_top_k
 from clipdistill.retrieval.measures import overlap_at_k
 from clipdistill.stages.blocks import distilled_blocks
 from clipdistill.stages.inputs import RunData
+from clipdistill.stages.query import combine, new_query_student, query_scores
 from clipdistill.stages.teachers import drawn_views, first_teacher, whole_teacher
 from clipdistill.stages.workspace import Workspace
+from clipdistill.towers.blueprint import TEACHER
 from clipdistill.towers.build import build_student
 from clipdistill.towers.ensemble import EnsembleTeacher
 from clipdistill.towers.live import LiveTeacher
@@ -68,6 +70,8 @@ def teacher_scale(cache: AnyCache) -> TeacherScale:
 def new_student(config: RunConfig, data: RunData, cache: AnyCache, teacher: Teacher | None) -> DualEncoder:
     """Build the untrained student of a configuration."""
     student = config.student
+    if student.image == TEACHER:
+        return new_query_student(config, cache, teacher, vocabulary_texts(data))
     dim = student.dim or (student.dims[0] if student.dims else cache.widest)
     return build_student(
         image=student.image,
@@ -175,6 +179,8 @@ def train(
         live=live_teacher(config, teachers, wanted=blocks.live),
     )
     student.save(workspace.student)
+    if student.searches is not None:
+        combine(workspace, student, first_teacher(teachers))
     workspace.mark_done("train", made_from)
     return student
 
@@ -218,7 +224,8 @@ def training_data(config: RunConfig, data: RunData) -> TrainingData:
 def validation(data: RunData, cache: AnyCache) -> Callable[[Any, int], Mapping[str, float]] | None:
     """A function that scores a student on ``val`` by its agreement with the teacher's ranking; None without a val set.
 
-    The score is overlap@10, the mean of both directions: recall of the teacher's own ten first hits.
+    The score is overlap@10, the mean of both directions: recall of the teacher's own ten first hits. Of a student that
+    is a text tower alone it is that of its texts against the teacher's pictures.
     """
     source = data.sets.get("val")
     if source is None or not len(source):
@@ -232,6 +239,8 @@ def validation(data: RunData, cache: AnyCache) -> Callable[[Any, int], Mapping[s
     }
 
     def on_eval(student: DualEncoder, step: int) -> Mapping[str, float]:
+        if student.searches is not None:
+            return query_scores(rows, student, teacher_images, wanted["text_to_image"])
         images, texts = student.encode_images(rows.pictures), student.encode_texts(rows.texts)
         values = {
             "overlap10_text_to_image": _overlap(exact_top_k(texts, images, _TOP).ids, wanted["text_to_image"]),

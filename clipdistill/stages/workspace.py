@@ -54,8 +54,13 @@ class Workspace:
         return self.folder / "student"
 
     @property
+    def combined(self) -> Path:
+        """The teacher's picture tower with a student that is a text tower alone: an open_clip ``local-dir:`` folder."""
+        return self.folder / "combined"
+
+    @property
     def index(self) -> Path:
-        """The FAISS index over the student's picture embeddings."""
+        """The FAISS index over the student's picture embeddings, or the teacher's where the student has none."""
         return self.folder / "index"
 
     @property
