@@ -53,7 +53,7 @@ def new_objective(config: LossConfig, student: DualEncoder, cache: AnyCache) -> 
     return Objective(
         loss_weights(config),
         teacher_scale(cache),
-        dim=student.dim,
+        dim=student.dim if student.searches is None else student.teacher_dim,  # there its texts meet the pictures
         teacher_dim=student.teacher_dim,
     )
 

@@ -11,7 +11,9 @@ from training import little
 from clipdistill.core import fingerprint
 from clipdistill.core.errors import ConfigError
 from clipdistill.data.records import Picture
-from clipdistill.losses.objective import Embeddings, Targets
+from clipdistill.losses.objective import Embeddings, LossWeights, Objective, Targets, TeacherScale
+from clipdistill.losses.pseudo_relation import pseudo_relation_loss
+from clipdistill.losses.queue import queue_loss
 from clipdistill.towers.encoder import SearchedTeacher
 from clipdistill.towers.query import TextModel
 from clipdistill.towers.student import DualEncoder, assemble, projections
@@ -107,6 +109,24 @@ def test_the_loss_is_that_of_its_texts_against_the_teachers_pictures(dim):
     for name, value in wanted.parts.items():
         assert lines[0][name] == pytest.approx(float(value), rel=1e-5), name
     assert lines[0]["loss"] == pytest.approx(float(wanted.total), rel=1e-5)
+
+
+def test_all_the_losses_but_those_of_pictures_alone_train_it():
+    names = ("siglip", "feature_mse", "vertical", "cross", "gradient", "augmented_feature", "pseudo_relation", "queue")
+    weights = LossWeights(**dict.fromkeys(names, 1.0), queue_rows=8)
+    objective = Objective(weights, TeacherScale(50.0, None), dim=little.TEACHER_DIM, teacher_dim=little.TEACHER_DIM)
+    draw = np.random.default_rng(0)
+    rows = [torch.from_numpy(draw.standard_normal((count, 24)).astype(np.float32)) for count in (5, 5, 8, 6)]
+    images, texts, queued, mine = (torch.nn.functional.normalize(part, dim=1) for part in rows)
+    mine, stored = mine[:5].requires_grad_(), Embeddings(images, texts)
+    targets = Targets(stored, torch.eye(5).bool(), 5, Embeddings(queued, queued), own_images=False)
+    own = Embeddings(images, mine)
+    terms = objective(own, own, targets)
+    assert set(terms.parts) == {*names, "feature_text"} - {"feature_mse"}
+    assert float(terms.parts["pseudo_relation"]) == pytest.approx(pseudo_relation_loss(mine, texts, 50.0).item())
+    assert float(terms.parts["queue"]) == pytest.approx(queue_loss(mine, texts, queued, 50.0).item() / 2)
+    terms.total.backward()
+    assert mine.grad is not None and bool(mine.grad.any())
 
 
 def test_parts_of_a_batch_and_views_of_pictures_go_through():
