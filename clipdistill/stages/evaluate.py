@@ -138,7 +138,8 @@ def _sizes(student: DualEncoder, teacher: WholeTeacher | None, cache: AnyCache) 
     small = {"parameters": student.parameters, "megabytes": student.parameters * 4 / 1e6, "dim": student.dim}
     if teacher is None:
         return {"teacher": known, "student": small, **_part(student)}
-    counted, large = teacher.parameters, {}
+    counted = teacher.parameters
+    large: dict[str, float] = {}
     if student.searches is not None and isinstance(teacher, Teacher):  # an ensemble has no index of one space
         large = {"picture_parameters": teacher.picture_parameters}
         counted -= teacher.picture_parameters
