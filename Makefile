@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench bench-seeds bars clean
+.PHONY: demo test check bench bench-seeds bench-presets bars clean
 
 demo: $(VENV)/.demo
 	$(BIN)/clipdistill demo --json
@@ -23,6 +23,9 @@ bench: $(VENV)/.dev
 
 bench-seeds: $(VENV)/.dev
 	$(BIN)/python benchmarks/demo_seeds.py
+
+bench-presets: $(VENV)/.dev
+	$(BIN)/python benchmarks/presets.py --jobs 2
 
 bars: $(VENV)/.dev
 	$(BIN)/python benchmarks/bars.py

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -25,7 +25,27 @@ def table(name: str) -> str:
     lines = ["| figure | measured | bar |", "|---|---:|---|"]
     for figure, value, words, met in rows(result):
         lines.append(f"| `{figure}` | {value:.4g} | {words}{'' if met else ' (**missed**)'} |")
+    if "compared" in result:
+        names, figures = result["compared"]["names"], result["compared"]["figures"]
+        lines = compared(result["figures"], result["bars"], names, figures).splitlines()
     lines += ["", f"{result['date']}, {result['machine']}; `{result['command']}`, {result['seconds']:.0f} s."]
+    return "\n".join(lines)
+
+
+def compared(
+    figures: Mapping[str, float], barred: Mapping[str, Mapping[str, float]], names: Sequence[str], wanted: Sequence[str]
+) -> str:
+    """A Markdown table of a row a name and a column a figure, each with its interval over the seeds."""
+    lines = ["| | " + " | ".join(f"`{figure}`" for figure in wanted) + " |", "|---|" + "---:|" * len(wanted)]
+    for name in names:
+        cells = []
+        for figure in wanted:
+            key = f"{name}_{figure}"
+            ends = (figures[f"{key}_low"], figures[f"{key}_high"])
+            bar = barred.get(key, {}).get("at_least")
+            missed = f" (**missed** {bar:.3f})" if bar is not None and figures[key] < bar else ""
+            cells.append(f"{figures[key]:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]{missed}")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,8 +23,13 @@ def write_result(
     seeds: list[int],
     seconds: float,
     command: str,
+    compared: Mapping[str, list[str]] | None = None,
 ) -> Path:
-    """Write ``results/NAME.json``; a bar is ``{"at_least": x}`` or ``{"at_most": x}``."""
+    """Write ``results/NAME.json``; a bar is ``{"at_least": x}`` or ``{"at_most": x}``.
+
+    Where several things are compared, ``compared`` has their ``names`` and the ``figures`` of each: a figure is then
+    ``NAME_FIGURE``, with the ends of its interval as ``NAME_FIGURE_low`` and ``NAME_FIGURE_high``.
+    """
     path = RESULTS / f"{name}.json"
     result = {
         "figures": figures,
@@ -34,6 +40,7 @@ def write_result(
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "seconds": round(seconds, 1),
         "command": command,
+        **({} if compared is None else {"compared": dict(compared)}),
     }
     files.write_json(path, result)
     return path
