@@ -126,3 +126,61 @@ log_every = 1
         encoding="utf-8",
     )
     return path
+
+
+COLOURS = {"red_thing": (200, 30, 30), "blue_thing": (30, 30, 200), "green_thing": (30, 180, 30)}
+
+
+def class_folder(folder: Path, count: int, start: int = 0, colours: dict[str, tuple[int, int, int]] = COLOURS) -> Path:
+    """A folder of classes, each with so many pictures of nearly one colour."""
+    for place, (name, colour) in enumerate(colours.items()):
+        (folder / name).mkdir(parents=True)
+        for number in range(start, start + count):
+            rng = np.random.default_rng([place, number])
+            pixels = np.clip(np.array(colour) + rng.integers(-30, 30, (6, 6, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).resize((40, 36), Image.Resampling.NEAREST).save(
+                folder / name / f"p{number:03d}.png"
+            )
+    return folder
+
+
+def class_toml(folder: Path, sections: str = "", train: str = "") -> Path:
+    """A complete small classification: teacher, folders of classes and configuration below ``folder``."""
+    teacher_folder(folder / "teacher")
+    for name, count, start in (("train", 8, 0), ("val", 3, 8), ("test", 4, 11)):
+        class_folder(folder / name, count, start)
+    path = folder / "run.toml"
+    path.write_text(
+        f"""name = "classes"
+seed = 3
+[data]
+train = "train"
+val = "val"
+test = "test"
+[task]
+kind = "classification"
+templates = ["a photo of a {{}}.", "{{}}"]
+[teacher]
+model = "local-dir:teacher"
+batch = 8
+[cache]
+shard_rows = 16
+[student]
+image = "mobilenetv4_conv_small_050"
+image_size = 32
+image_init = "random"
+text = "nano"
+[train]
+steps = 4
+warmup = 1
+eval_every = 2
+save_every = 2
+log_every = 1
+device = "cpu"
+threads = 1
+{train or "batch = 8"}
+{sections}
+""",
+        encoding="utf-8",
+    )
+    return path

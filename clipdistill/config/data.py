@@ -14,11 +14,13 @@ class SourceConfig(Section):
 
     path: str
     """A folder, a file, a glob or a brace range: ``shards/{0000..0127}.tar``."""
-    format: Literal["auto", "folder", "csv", "tsv", "jsonl", "parquet", "tar", "karpathy", "coco"] = "auto"
+    format: Literal["auto", "folder", "classes", "csv", "tsv", "jsonl", "parquet", "tar", "karpathy", "coco"] = "auto"
     image: str | None = None
     """The column of the picture (a path, bytes, or HF's {bytes, path}); none = detected."""
     captions: Annotated[tuple[str, ...], BeforeValidator(as_names)] = ()
     """The columns of the captions; empty = detected. A column may hold one text or a list."""
+    label: str | None = None
+    """The column of the class (of ``task.kind = "classification"``); none = detected."""
     key: str | None = None
     root: str | None = None
     """The folder that relative picture paths start from; none = the table's own."""

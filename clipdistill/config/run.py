@@ -57,6 +57,7 @@ class RunConfig(Section):
             _width_faults,
             _ensemble_faults,
             _query_side_faults,
+            _task_faults,
         )
         faults = [fault for check in checks for fault in check(self)]
         if faults:
@@ -218,6 +219,45 @@ def _query_side_faults(config: RunConfig) -> Iterator[str]:
             yield f"{key}: {why}: {reasons.get(key, stay)}; leave it out"
     if config.task.kind != "retrieval":
         yield f'task.kind: {config.task.kind!r} {why}: it needs a picture tower; use task.kind = "retrieval"'
+
+
+def _task_faults(config: RunConfig) -> Iterator[str]:
+    if config.task.kind == "retrieval":
+        yield from _class_only(config)
+        return
+    yield from _prompt_faults(config.task)
+    data = config.data
+    if not data.train:
+        yield "data.train: missing: it says which classes there are"
+    if data.hold_out.by == "caption" and data.hold_out.val + data.hold_out.test > 0:
+        yield 'data.hold_out.by: "caption" would hold out whole classes; take "key" or "picture"'
+    if config.train.mode == "mutual":
+        yield 'train.mode: "mutual" changes the teacher, whose class vectors task.kind = "classification" fixes'
+    if config.teacher.members and config.teacher.combine == "probabilities":
+        yield 'teacher.combine: "probabilities" has no one class vector; task.kind = "classification" takes "logits"'
+
+
+def _prompt_faults(task: TaskConfig) -> Iterator[str]:
+    if not task.templates:
+        yield 'task.templates: empty, so a class has no prompt; give one or more, such as "a photo of a {}."'
+    for template in task.templates:
+        if "{}" not in template:
+            yield f"task.templates: {template!r} has no {{}}, where the class's name goes"
+    if len(set(task.templates)) < len(task.templates):
+        yield "task.templates: a template is given twice"
+    for label, name in task.names.items():
+        if not name.strip():
+            yield f"task.names.{label}: a blank name"
+
+
+def _class_only(config: RunConfig) -> Iterator[str]:
+    """Sources that speak of classes where the task has none."""
+    data = config.data
+    named = [("data.train", data.train), ("data.val", data.val)]
+    named += [(f"data.test.{name}", sources) for name, sources in data.test.items()]
+    for dotted, sources in named:
+        if any(source.format == "classes" or source.label is not None for source in sources):
+            yield f'{dotted}: format classes and label are for task.kind = "classification", and it is "retrieval"'
 
 
 def _validated(raw: dict[str, Any], base: Path, checks: Sequence[Check], faults: list[str]) -> RunConfig:

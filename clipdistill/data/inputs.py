@@ -15,7 +15,7 @@ from clipdistill.data.readers import Reader, Reading, SourceSpec
 
 _MAX_RANGE = 1_000_000
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
-_COLUMNS = frozenset({"image", "captions", "key", "root", "split"})
+_COLUMNS = frozenset({"image", "captions", "label", "key", "root", "split"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +32,20 @@ class Format:
     suffixes: tuple[str, ...]
     options: frozenset[str] = frozenset()
 
+    @property
+    def labelled(self) -> bool:
+        """Whether its rows can have a class."""
+        return self.read is readers.read_classes or "label" in self.options
+
 
 FORMATS: dict[str, Format] = {
     "folder": Format(readers.read_folder, tuple(sorted(readers.PICTURE_SUFFIXES))),
+    "classes": Format(readers.read_classes, ()),
     "csv": Format(tables.read_csv, (".csv",), _COLUMNS | {"separator"}),
     "tsv": Format(tables.read_tsv, (".tsv",), _COLUMNS),
     "jsonl": Format(tables.read_jsonl, (".jsonl", ".ndjson"), _COLUMNS),
     "parquet": Format(tables.read_parquet, (".parquet", ".pq"), _COLUMNS),
-    "tar": Format(tars.read_tar, (".tar",), frozenset({"image", "captions", "key"})),
+    "tar": Format(tars.read_tar, (".tar",), frozenset({"image", "captions", "label", "key"})),
     "json": Format(readers.read_annotations, (".json",), frozenset({"root", "split"})),
     "karpathy": Format(readers.read_karpathy, (".json",), frozenset({"root", "split"})),
     "coco": Format(readers.read_coco, (".json",), frozenset({"root"})),
@@ -69,7 +75,24 @@ def inputs_of(reading: Reading) -> Iterator[tuple[Path, str]]:
                 raise ConfigError(f"data: {reading.spec.path}: format {name} has no option {', '.join(unused)}")
             if name == "lines" and reading.kind != "texts":
                 raise ConfigError(f"data: {reading.spec.path}: a .txt file holds texts only: give it as data.texts")
+            _check_labelled(name, reading)
             yield part, name
+
+
+def _check_labelled(name: str, reading: Reading) -> None:
+    """Refuse a format without classes where they are wanted, and the folder of classes where captions are.
+
+    Raises:
+        ConfigError: Naming the format and what can be given instead.
+    """
+    path = reading.spec.path
+    if reading.kind == "classes" and not FORMATS[name].labelled:
+        known = ", ".join(other for other, format in FORMATS.items() if format.labelled)
+        raise ConfigError(
+            f"data: {path}: format {name} has no classes, which task.kind asks for; those that do: {known}"
+        )
+    if reading.kind == "pairs" and name == "classes":
+        raise ConfigError(f'data: {path}: format classes has no captions; set task.kind = "classification"')
 
 
 def _parts(path: Path, reading: Reading) -> list[tuple[Path, str]]:
@@ -78,11 +101,11 @@ def _parts(path: Path, reading: Reading) -> list[tuple[Path, str]]:
         raise ConfigError(f"data: {reading.spec.path}: unknown format {name!r}; {suggest(name, ['auto', *FORMATS])}")
     if not path.is_dir():
         return [(path, _format_of(path) if name == "auto" else name)]
-    if name == "folder":
+    if name in ("folder", "classes"):
         return [(path, name)]
     parts = _tables_in(path, name)
     if name == "auto":
-        return parts or [(path, "folder")]
+        return parts or [(path, "classes" if reading.kind == "classes" else "folder")]
     if not parts:
         raise DataError(f"{path}: no {' or '.join(FORMATS[name].suffixes)} file in this folder")
     return parts

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from clipdistill.core.errors import ConfigError, DataError
 from clipdistill.data.records import Picture, Rejection
 
-Kind = Literal["pairs", "images", "texts"]
+Kind = Literal["pairs", "classes", "images", "texts"]
 
 PICTURE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -45,10 +45,12 @@ class SourceSpec:
 
     Attributes:
         path: A folder, a file, a glob, or a brace range such as ``shards/{0000..0127}.tar``.
-        format: ``auto``, ``folder``, ``csv``, ``tsv``, ``jsonl``, ``parquet``, ``tar``, ``karpathy`` or ``coco``.
+        format: ``auto``, ``folder``, ``classes``, ``csv``, ``tsv``, ``jsonl``, ``parquet``, ``tar``, ``karpathy`` or
+            ``coco``.
         image: The column (in a tar: the member extension) of the picture; None = detected.
         captions: The columns (in a tar: member extensions or JSON fields) of the captions, each a text or a list of
             texts; empty = detected.
+        label: The column (in a tar: the member extension or JSON field) of the class; None = detected.
         key: The column (in a tar: the JSON field) of the key; None = detected, else made from file names.
         root: The folder that relative picture paths start from; None = the table's own.
         separator: What separates a CSV's columns; None = TAB where the header holds one, else a comma.
@@ -60,6 +62,7 @@ class SourceSpec:
     format: str = "auto"
     image: str | None = None
     captions: tuple[str, ...] = ()
+    label: str | None = None
     key: str | None = None
     root: str | None = None
     separator: str | None = None
@@ -80,6 +83,7 @@ class Row:
         captions: The texts as written. Bytes that are not UTF-8 stand in them as lone surrogates.
         origin: The row's name in messages.
         joins: Whether a later row of the source from the same file adds its captions to this one.
+        label: The class as written, if any.
     """
 
     key: str
@@ -89,6 +93,7 @@ class Row:
     captions: tuple[str, ...]
     origin: str
     joins: bool = False
+    label: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +152,21 @@ def texts_of(value: Any) -> tuple[str, ...]:
     raise Refused(f"caption is not a text: {type(value).__name__}")
 
 
+def label_of(value: Any) -> str | None:
+    """The class that a cell names by a text or a number; None where it holds nothing.
+
+    Raises:
+        Refused: If it holds something else.
+    """
+    if value is None or (isinstance(value, float) and value != value):
+        return None
+    if isinstance(value, bytes):
+        value = decode_text(value)
+    if not isinstance(value, str | int):
+        raise Refused(f"label is not a text or a whole number: {type(value).__name__}")
+    return str(value).strip() or None
+
+
 def picture_at(name: str, root: Path, reading: Reading) -> Picture:
     """The picture that a table names by its path.
 
@@ -182,6 +202,52 @@ def read_folder(path: Path, reading: Reading) -> Iterator[Row | Rejection]:
             yield _folder_row(file, texts.get(file.stem), path, real, reading)
         for stem in sorted(texts.keys() - {file.stem for file in pictures}):
             yield _refusal(texts[stem], path, reading, "no picture: none has this text's name")
+
+
+def read_classes(path: Path, reading: Reading) -> Iterator[Row | Rejection]:
+    """A folder of classes in torchvision's ImageFolder layout: a sub-folder a class, its pictures anywhere below it.
+
+    The label is the sub-folder's name, and the key as in :func:`read_folder`. A picture beside the sub-folders has no
+    label and is refused; other files, and names that begin with a dot, are passed over.
+
+    Raises:
+        ConfigError: If it is not a folder.
+        DataError: If a sub-folder holds no picture, naming every such one.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"data: {reading.show(path)}: format classes reads a folder with a sub-folder for each class")
+    real, filled = path.resolve(), set[str]()
+    for folder, folders, names in os.walk(path, onerror=_unreadable):
+        here = Path(folder)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            file = here / name
+            if name.startswith(".") or file.suffix.lower() not in PICTURE_SUFFIXES:
+                continue
+            label = file.relative_to(path).parts[0]
+            if here == path:
+                yield _refusal(file, path, reading, "no label: it lies in no class's folder")
+                continue
+            filled.add(label)
+            row = _folder_row(file, None, path, real, reading)
+            yield replace(row, label=label) if isinstance(row, Row) else row
+    _check_filled(path, filled, reading)
+
+
+def _check_filled(path: Path, filled: set[str], reading: Reading) -> None:
+    classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if empty := [name for name in classes if name not in filled]:
+        raise DataError(
+            f"{reading.show(path)}: {len(empty)} of {len(classes)} class folders hold no picture: {named(empty)}. "
+            "Give them pictures, or remove them (a link to a folder is not walked into)"
+        )
+
+
+def named(names: Iterable[str], most: int = 8) -> str:
+    """Some names for a message: the first few in quotes, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(map(repr, listed[:most])) + more
 
 
 def _unreadable(error: OSError) -> None:

@@ -47,11 +47,13 @@ class Pair:
         key: Unique over all the run's data, and stable: results, indexes and caches name rows by it.
         picture: The picture, or None for an unpaired text.
         captions: The texts, none for an unpaired picture.
+        label: The class that the picture belongs to, as the data name it; None where no class is known.
     """
 
     key: str
     picture: Picture | None
     captions: tuple[str, ...]
+    label: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,11 +37,13 @@ class Source:
         pairs: The rows; every key once.
         weights: For each pair the weight of the source it came from, for the sampler.
         rejected: The rows that were refused.
+        labels: Every class that a row names, also those whose rows were all refused, in order of first appearance.
     """
 
     pairs: tuple[Pair, ...]
     weights: tuple[float, ...]
     rejected: tuple[Rejection, ...] = ()
+    labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.pairs) != len(self.weights):
@@ -55,7 +57,7 @@ class Source:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the rows' keys, captions and pictures' sizes in bytes, in order; computed at every call.
+        """SHA-256 over the rows' keys, captions, classes and pictures' sizes, in order; computed at every call.
 
         The pictures are not read: one that changes without changing its size is noticed by the cache, not here.
         """
@@ -67,6 +69,8 @@ def _lines(pair: Pair) -> Iterator[str]:
     yield "" if pair.picture is None else str(_bytes(pair.picture))
     yield str(len(pair.captions))
     yield from pair.captions
+    if pair.label is not None:
+        yield f"\0{pair.label}"  # a row without a class has no line for it; no key begins with this character
 
 
 def _bytes(picture: Picture) -> int | None:
@@ -89,8 +93,8 @@ def load_source(
         specs: The sources, in order.
         base: The folder that relative paths start from.
         max_pixels: The largest width times height that a picture's header may say.
-        kind: ``pairs``: rows need a picture and a caption. ``images``: captions are ignored. ``texts``: rows need a
-            caption, and pictures are ignored.
+        kind: ``pairs``: rows need a picture and a caption. ``classes``: they need a picture and a class, and captions
+            are ignored. ``images``: captions are ignored. ``texts``: rows need a caption, and pictures are ignored.
         taken: Keys that other splits have already, with marks of where made keys come from; this split's are added. A
             made key, unlike the user's own, is lengthened where it is taken, so load the splits always in one order.
 
@@ -113,7 +117,7 @@ def load_source(
             raise DataError(f"{spec.path}: cannot be read: {error}") from error
         if intake.seen == before:
             _no_rows(reading)
-    return Source(tuple(intake.pairs), tuple(intake.weights), tuple(intake.rejected))
+    return Source(tuple(intake.pairs), tuple(intake.weights), tuple(intake.rejected), tuple(intake.labels))
 
 
 def _no_rows(reading: Reading) -> None:
@@ -133,6 +137,7 @@ class _Intake:
         self.pairs: list[Pair] = []
         self.weights: list[float] = []
         self.rejected: list[Rejection] = []
+        self.labels: dict[str, None] = {}
 
     def take(self, row: Row | Rejection, weight: float, places: dict[str, int]) -> None:
         """Keep or refuse one row; ``places`` remembers where this source's rows stand, for those that join others."""
@@ -141,9 +146,12 @@ class _Intake:
             self.rejected.append(Rejection(_printable(row.key), _printable(row.reason), _printable(row.origin)))
             return
         try:
+            label = self._label(row)
             captions = self._captions(row)
             mark = _mark(row)
             at = places.get(mark or "") if row.joins else None
+            if at is not None and label != self.pairs[at].label:
+                raise Refused(f"second label: {label!r}, and {self.pairs[at].label!r} in an earlier row")
             if at is not None:
                 self.pairs[at] = replace(self.pairs[at], captions=self.pairs[at].captions + captions)
                 return
@@ -157,11 +165,21 @@ class _Intake:
             self._first.setdefault(name, row.origin)
         if row.joins and mark:
             places[mark] = len(self.pairs)
-        self.pairs.append(Pair(key, picture, captions))
+        self.pairs.append(Pair(key, picture, captions, label))
         self.weights.append(weight)
 
+    def _label(self, row: Row) -> str | None:
+        if self._kind != "classes":
+            return None
+        if row.label is None or row.label.isspace():
+            raise Refused("no label")
+        if _broken(row.label):
+            raise Refused("label is not UTF-8")
+        self.labels.setdefault(row.label)
+        return row.label
+
     def _captions(self, row: Row) -> tuple[str, ...]:
-        if self._kind == "images":
+        if self._kind in ("images", "classes"):
             return ()
         if any(_broken(text) for text in row.captions):
             raise Refused("caption is not UTF-8")

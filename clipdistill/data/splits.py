@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Literal
 
@@ -46,7 +47,7 @@ def split_by_hash(
 
 
 def split_source(source: Source, shares: Mapping[str, float], by: By, seed_text: str = "") -> dict[str, Source]:
-    """:func:`split_by_hash` for a source: each part keeps its pairs' weights; the rejections stay with ``train``."""
+    """:func:`split_by_hash` for a source: a part keeps its pairs' weights; ``train`` keeps rejections and labels."""
     rows: dict[str, list[int]] = {name: [] for name in (*shares, REMAINDER)}
     for row, name in enumerate(_parts(source.pairs, shares, by, seed_text)):
         rows[name].append(row)
@@ -55,6 +56,7 @@ def split_source(source: Source, shares: Mapping[str, float], by: By, seed_text:
             pairs=tuple(source.pairs[row] for row in mine),
             weights=tuple(source.weights[row] for row in mine),
             rejected=source.rejected if name == REMAINDER else (),
+            labels=source.labels if name == REMAINDER else (),
         )
         for name, mine in rows.items()
     }
@@ -72,7 +74,7 @@ def share_of_source(source: Source, share: float) -> Source:
     """
     rows = [row for row, pair in enumerate(source.pairs) if share >= 1 or _unit(_field(pair, "key"), _SHARED) < share]
     pairs, weights = tuple(source.pairs[row] for row in rows), tuple(source.weights[row] for row in rows)
-    return Source(pairs, weights, source.rejected)
+    return replace(source, pairs=pairs, weights=weights)
 
 
 def _parts(pairs: Sequence[Pair], shares: Mapping[str, float], by: By, seed_text: str) -> list[str]:

@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipdistill.core.errors import ConfigError, DataError, suggest
-from clipdistill.data.readers import Reading, Refused, Row, picture_at, texts_of
+from clipdistill.data.readers import Reading, Refused, Row, label_of, picture_at, texts_of
 from clipdistill.data.records import Picture, Rejection
 
 IMAGE_COLUMNS = ("filepath", "file_name", "image", "image_path", "path", "filename", "img", "jpg", "png", "webp")
 CAPTION_COLUMNS = ("title", "caption", "captions", "text", "texts", "sentences", "sentence", "description", "txt")
+LABEL_COLUMNS = ("label", "class", "class_name", "category", "target")
 KEY_COLUMNS = ("key", "id")
 SPLIT_COLUMN = "split"
 
@@ -41,12 +42,13 @@ class Columns:
 
     image: str | None
     captions: tuple[str, ...]
+    label: str | None
     key: str | None
     split: str | None
 
     def names(self) -> list[str]:
         """The columns to be read, each once."""
-        named = (self.image, *self.captions, self.key, self.split)
+        named = (self.image, *self.captions, self.label, self.key, self.split)
         return list(dict.fromkeys(name for name in named if name is not None))
 
 
@@ -62,7 +64,7 @@ def choose_columns(names: Sequence[str], shown: str, reading: Reading) -> Column
         ConfigError: With every fault: a named column that is not there, or a needed one that is not found.
     """
     spec, faults = reading.spec, []
-    wanted = {"image": [spec.image], "captions": spec.captions, "key": [spec.key]}
+    wanted = {"image": [spec.image], "captions": spec.captions, "label": [spec.label], "key": [spec.key]}
     for option, chosen in wanted.items():
         for name in chosen:
             if name is not None and name not in names:
@@ -73,11 +75,17 @@ def choose_columns(names: Sequence[str], shown: str, reading: Reading) -> Column
     captions = spec.captions or tuple(name for name in CAPTION_COLUMNS if name in names)[:1]
     if reading.kind != "texts" and image is None:
         faults.append(f"data: {shown}: no picture column is known; {_listed(names)}; set image = '...' for this source")
-    if reading.kind != "images" and not captions:
+    label = spec.label or next((name for name in LABEL_COLUMNS if name in names), None)
+    if reading.kind == "classes" and label is None:
+        faults.append(
+            f"data: {shown}: no column of classes is known; {_listed(names)}; set label = '...' for this source"
+        )
+    if reading.kind in ("pairs", "texts") and not captions:
         faults.append(f"data: {shown}: no caption column is known; {_listed(names)}; set captions = ['...'] for it")
     columns = Columns(
         image=None if reading.kind == "texts" else image,
-        captions=() if reading.kind == "images" else captions,
+        captions=captions if reading.kind in ("pairs", "texts") else (),
+        label=label if reading.kind == "classes" else None,
         key=spec.key or next((name for name in KEY_COLUMNS if name in names), None),
         split=SPLIT_COLUMN if spec.split is not None else None,
     )
@@ -164,7 +172,29 @@ def read_parquet(path: Path, reading: Reading) -> Iterator[Row | Rejection]:
     """
     with _parquet(path) as file:
         columns = choose_columns(file.schema_arrow.names, reading.show(path), reading)
-        yield from _rows(path, columns, _parquet_records(file, columns.names(), path), reading)
+        records = _parquet_records(file, columns.names(), path)
+        classes = _class_names(file.schema_arrow, columns.label)
+        yield from _rows(path, columns, _with_names(records, columns.label, classes) if classes else records, reading)
+
+
+def _class_names(schema: Any, label: str | None) -> list[str]:
+    """The names of a numbered class column, from the features that Hugging Face's datasets write beside the columns."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return [str(name) for name in features[label]["names"]]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def _with_names(records: Iterator[Record], label: str | None, classes: Sequence[str]) -> Iterator[Record]:
+    for record in records:
+        number = None if isinstance(record, Refused) else record.get(label or "")
+        if isinstance(record, Mapping) and isinstance(number, int):
+            # HF writes -1 where the class is not known
+            known = 0 <= number < len(classes)
+            yield {**record, label or "": classes[number] if known else None}
+        else:
+            yield record
 
 
 def _parquet(path: Path) -> pq.ParquetFile:
@@ -228,13 +258,19 @@ def _row(
             raise Refused("no key" if own is None else f"key is not a text or a whole number: {type(own).__name__}")
         picture = None if columns.image is None else _picture(record.get(columns.image), origin, path, reading)
         captions = tuple(text for name in columns.captions for text in texts_of(record.get(name)))
+        label = None if columns.label is None else label_of(record.get(columns.label))
     except Refused as refused:
         return Rejection(key, refused.reason, origin)
     if columns.key is not None:
-        return Rejection(key, "no key", origin) if own == "" else Row(key, None, "", picture, captions, origin)
+        return (
+            Rejection(key, "no key", origin)
+            if own == ""
+            else Row(key, None, "", picture, captions, origin, label=label)
+        )
     if picture is None or picture.path is None:
-        return Row(key, path, str(at[1]), picture, captions, origin)
-    return Row(str(_path(record[columns.image or ""])), picture.path, "", picture, captions, origin, joins=True)
+        return Row(key, path, str(at[1]), picture, captions, origin, label=label)
+    name = str(_path(record[columns.image or ""]))
+    return Row(name, picture.path, "", picture, captions, origin, joins=True, label=label)
 
 
 def _picture(cell: Any, origin: str, path: Path, reading: Reading) -> Picture | None:

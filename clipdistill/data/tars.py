@@ -26,12 +26,14 @@ from clipdistill.data.readers import (
     Row,
     caption_lines,
     decode_text,
+    label_of,
     texts_of,
 )
 from clipdistill.data.records import Picture, Rejection
 
 _KEY = "key"
 _CAPTION_FIELDS = ("caption", "captions")
+_LABELS = ("cls", "label")
 _HEADER_FAULTS = (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError)
 
 
@@ -54,8 +56,9 @@ def read_tar(path: Path, reading: Reading) -> Iterator[Row | Rejection]:
     """The rows of one tar. Of a tar that breaks off, the rows before the break, and one rejection for the break.
 
     Captions are the ``.txt`` member's lines, else ``caption`` or ``captions`` of the ``.json`` member; ``captions`` of
-    the source may name other extensions or other JSON fields. Members without an extension, and those whose name
-    begins with a dot, are passed over.
+    the source may name other extensions or other JSON fields. Where classes are wanted, a row's is the ``.cls`` member,
+    as webdataset writes it, else ``label`` of the ``.json`` member, or what ``label`` of the source names. Members
+    without an extension, and those whose name begins with a dot, are passed over.
 
     Raises:
         DataError: If it is no plain tar at all.
@@ -135,9 +138,21 @@ def _row(
     key = fields.get(own or _KEY, None if own else name)
     if not isinstance(key, str | int) or key == "":
         raise Refused("no key" if key in (None, "") else f"key is not a text or a whole number: {type(key).__name__}")
-    captions = () if reading.kind == "images" else _captions(spans, fields, file, reading.spec.captions)
+    read_texts = reading.kind in ("pairs", "texts")
+    captions = _captions(spans, fields, file, reading.spec.captions) if read_texts else ()
+    label = _label(spans, fields, file, reading.spec.label) if reading.kind == "classes" else None
     picture = _picture(name, spans, path, shown, reading)
-    return Row(str(key), None if own else path, str(key), picture, captions, f"{shown}/{name}")
+    return Row(str(key), None if own else path, str(key), picture, captions, f"{shown}/{name}", label=label)
+
+
+def _label(
+    spans: dict[str, tuple[int, int]], fields: dict[str, Any], file: IO[bytes], chosen: str | None
+) -> str | None:
+    for name in (chosen,) if chosen else _LABELS:
+        value = _member(spans[name], file) if name in spans else fields.get(name)
+        if (label := label_of(value)) is not None:
+            return label
+    return None
 
 
 def _picture(name: str, spans: dict[str, tuple[int, int]], path: Path, shown: str, reading: Reading) -> Picture | None:
@@ -187,7 +202,8 @@ def _check_names(shown: str, reading: Reading, seen: set[str]) -> None:
     spec = reading.spec
     wanted = {
         "image": [spec.image] if reading.kind != "texts" else [],
-        "captions": spec.captions if reading.kind != "images" else [],
+        "captions": spec.captions if reading.kind in ("pairs", "texts") else [],
+        "label": [spec.label] if reading.kind == "classes" else [],
         "key": [spec.key],
     }
     faults = [

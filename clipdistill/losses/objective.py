@@ -61,9 +61,10 @@ class Objective(nn.Module):
         teacher: How the teacher turns cosines into logits.
         dim: The width of the student's embeddings; only the augmented feature loss needs it.
         teacher_dim: The width of the teacher's; the same.
+        further: Whether terms from elsewhere are added to every batch, so that all of its own may be left out.
 
     Raises:
-        ConfigError: If every weight is 0, or a width is missing.
+        ConfigError: If every weight is 0 with nothing added, or a width is missing.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class Objective(nn.Module):
         *,
         dim: int | None = None,
         teacher_dim: int | None = None,
+        further: bool = False,
     ) -> None:
         super().__init__()
-        if not weights.weighted:
+        if not (weights.weighted or further):
             raise ConfigError('loss: every weight is 0, so nothing can be trained; set one, or loss.preset = "default"')
         self.weights = weights
         self.teacher = teacher
@@ -169,7 +171,7 @@ class Objective(nn.Module):
             ConfigError: Naming the weights, what they need, and a preset that works.
         """
         unmet = dict(self._unmet_needs(has_pairs, images, texts))
-        if all(name in unmet for name in self.weights.weighted):
+        if unmet and all(name in unmet for name in self.weights.weighted):
             advice = 'these data do not have; loss.preset = "fd" works with unpaired pictures and texts'
             raise ConfigError([f"loss.{name} needs {need}, which {advice}" for name, need in unmet.items()])
 

@@ -25,8 +25,17 @@ _NARROW, _WIDE = 4.4, 5.4
 _MOST_POINTS = 200
 _LABEL_GAP = 0.085
 _LONGEST_NAME = 12
-_TRAINING_FACTS = ("step", "epoch", "data_seconds", "compute_seconds", "samples_per_s", "grad_norm", "skipped")
-_MEASURED = ("overlap", "success", "recall", "score")
+_TRAINING_FACTS = (
+    "step",
+    "epoch",
+    "data_seconds",
+    "compute_seconds",
+    "samples_per_s",
+    "grad_norm",
+    "skipped",
+    "class_scale",
+)
+_MEASURED = ("overlap", "success", "recall", "agreement", "top1", "score")
 
 Points = list[tuple[float, float]]
 

@@ -14,6 +14,8 @@ from clipdistill.core import files
 from clipdistill.data.records import Picture
 from clipdistill.evaluation import RetrievalReport
 from clipdistill.report import tables
+from clipdistill.report.classes import MEASURES as CLASS_MEASURES
+from clipdistill.report.classes import class_headline, class_tables
 from clipdistill.report.figures import Size, recall_budget, size_against_recall, training_curves
 from clipdistill.report.members import member_headings, member_tables
 from clipdistill.report.panel import Drawing
@@ -94,10 +96,12 @@ def render(
         .get_template(_TEMPLATE)
         .render(
             report=report,
-            headline=tables.headline(report, results),
+            headline=[*class_headline(report), *tables.headline(report, results)],
             tiles=_tiles(report, results),
             sets={name: [table for table in results if table.set == name] for name in sets},
             measures=tables.MEASURES,
+            classified=class_tables(report),
+            class_measures=CLASS_MEASURES,
             budgets=_budgets(results),
             sizes=_size_figure(report, results),
             teacher=tables.both(report, "sizes")[0].get("name") or TEACHER,

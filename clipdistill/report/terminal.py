@@ -10,6 +10,7 @@ from rich.text import Text
 
 from clipdistill.evaluation import RetrievalReport
 from clipdistill.report import tables
+from clipdistill.report.classes import ClassTable, class_headline, class_tables
 from clipdistill.report.members import MemberTable, member_headings, member_tables
 from clipdistill.report.tables import EXACT, QUERY_SIDE, STUDENT, TEACHER, TEXT_SIDE, Cell, Line, ResultTable
 
@@ -37,7 +38,18 @@ def summary(report: Mapping[str, Any]) -> list[Table | Text | str]:
     for members in member_tables(report, results):
         found += [Text(f"{members.set}: {members.title.lower()}, the teachers", style="bold"), _members(members)]
         found += [Text(members.finding), ""] if members.finding else [""]
-    return [*found, _comparison(report), "", *map(Text, [*tables.headline(report, results), *tables.savings(report)])]
+    for classified in class_tables(report):
+        title = f"{classified.set}: classification, {classified.protocol}"
+        found += [Text(title, style="bold"), _classification(classified), ""]
+    sentences = [*class_headline(report), *tables.headline(report, results), *tables.savings(report)]
+    return [*found, _comparison(report), "", *map(Text, sentences)]
+
+
+def _classification(table: ClassTable) -> Table:
+    shown = _table(["teacher", "student"])
+    for row in table.rows:
+        shown.add_row(row.name, *(Text(f"{cell.text} {cell.interval}".strip()) for cell in (row.teacher, row.student)))
+    return shown
 
 
 def _results(table: ResultTable) -> Table:

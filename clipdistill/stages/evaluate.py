@@ -6,13 +6,14 @@ import logging
 from typing import Any
 
 from clipdistill.cache import AnyCache, EnsembleCache
-from clipdistill.config import evaluation_sets
+from clipdistill.config import RunConfig, evaluation_sets
 from clipdistill.core import files, fingerprint, manifest
 from clipdistill.core.errors import ConfigError
 from clipdistill.data.records import Pair
 from clipdistill.evaluation import Embedded, RetrievalReport, evaluate_embedded, evaluate_query_side, judged
 from clipdistill.search import QuerySide
 from clipdistill.speed import compare_speed
+from clipdistill.stages.classify import measure_classification, retrieval_rows, unmeasured
 from clipdistill.stages.index import indexed_pairs
 from clipdistill.stages.inputs import RunData
 from clipdistill.stages.members import measure_members
@@ -20,6 +21,7 @@ from clipdistill.stages.query import TEXT_TOWER, savings
 from clipdistill.stages.teachers import WholeTeacher
 from clipdistill.stages.workspace import Workspace
 from clipdistill.towers.matryoshka import cut_vectors
+from clipdistill.towers.classifier import Classifier
 from clipdistill.towers.student import DualEncoder
 from clipdistill.towers.teacher import Teacher
 
@@ -87,21 +89,22 @@ def evaluate(
         The report as plain values: schema ``clipdistill.run-report/1``.
     """
     config = workspace.config
+    classifier = None if data.classes is None else Classifier.load(workspace.student)
     made_from = {
         "student": student.fingerprint,
         "teacher cache": cache.fingerprint,
         "data": data.fingerprint,
         "evaluate": fingerprint.of_value([config.evaluate.model_dump(mode="json"), config.index.factory]),
+        **({} if classifier is None else {"classifier": classifier.fingerprint}),
     }
     if workspace.is_done("evaluate", made_from, workspace.report_json, force=force):
         return dict(files.read_json(workspace.report_json))
-    reports = []
+    sets: dict[str, tuple[Pair, ...]] = {}
     for name in evaluation_sets(config):
         if name not in data.sets or not len(data.sets[name]):
             raise ConfigError(f"evaluate.sets: the set {name!r} has no rows; give data.test or data.hold_out.test")
-        _log.info("evaluating %s", name)
-        pairs = data.sets[name].pairs
-        reports.append(evaluate_set(name, pairs, student, cache, factory=config.index.factory, ks=config.evaluate.ks))
+        sets[name] = data.sets[name].pairs
+    reports = [_retrieval(config, name, pairs, student, cache) for name, pairs in sets.items()]
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "name": config.name,
@@ -110,6 +113,7 @@ def evaluate(
         "sizes": _sizes(student, teacher, cache),
         "speeds": _speeds(data, student, teacher),
         "evaluation": RetrievalReport.merge(reports).to_json(),
+        **({} if classifier is None else {"classification": measure_classification(classifier, sets, cache)}),
         "student_fingerprint": student.fingerprint,
         "libraries": manifest.libraries(),
     }
@@ -121,6 +125,16 @@ def evaluate(
     files.write_json(workspace.report_json, report)
     workspace.mark_done("evaluate", made_from)
     return report
+
+
+def _retrieval(
+    config: RunConfig, name: str, pairs: tuple[Pair, ...], student: DualEncoder, cache: TeacherCache
+) -> RetrievalReport:
+    _log.info("evaluating %s", name)
+    rows = retrieval_rows(config, pairs)
+    if not rows:
+        return unmeasured(name)
+    return evaluate_set(name, rows, student, cache, factory=config.index.factory, ks=config.evaluate.ks)
 
 
 def _counts(data: RunData) -> dict[str, Any]:

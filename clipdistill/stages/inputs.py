@@ -13,6 +13,7 @@ from clipdistill.config import RunConfig, Sources, evaluation_sets
 from clipdistill.config.paths import raw_teachers
 from clipdistill.core import fingerprint
 from clipdistill.core.errors import ConfigError
+from clipdistill.data.classes import Classes, check_sets, classes_of, prompted
 from clipdistill.data.records import Pair, Rejection
 from clipdistill.data.sources import Source, SourceSpec, check_rejections, load_source, write_rejections
 from clipdistill.data.splits import share_of_source, split_source
@@ -35,6 +36,7 @@ class RunData:
         image_weights: How often each unpaired picture is drawn, by its source; empty = equally often.
         text_weights: The same of the unpaired texts.
         unused: How many rows of ``train`` are left out by ``data.fraction``.
+        classes: The classes of a classification, whose prompts are the sets' captions; None of any other task.
     """
 
     sets: Mapping[str, Source]
@@ -44,6 +46,7 @@ class RunData:
     image_weights: tuple[float, ...] = ()
     text_weights: tuple[float, ...] = ()
     unused: int = 0
+    classes: Classes | None = None
 
     @property
     def pairs(self) -> list[Pair]:
@@ -71,10 +74,16 @@ class RunData:
         return [pair for name in names for pair in self.sets[name].pairs], ()
 
     def without(self, refused: set[str]) -> RunData:
-        """The same data without the rows of these keys."""
+        """The same data without the rows of these keys.
+
+        Raises:
+            DataError: If a class loses all its training pictures.
+        """
         if not refused:
             return self
         kept = {name: _without(source, refused) for name, source in self.sets.items()}
+        if self.classes is not None:
+            check_sets(self.classes, kept)
         left = [row for row, pair in enumerate(self.images) if pair.key not in refused]
         images = tuple(self.images[row] for row in left)
         weights = tuple(self.image_weights[row] for row in left) if self.image_weights else ()
@@ -107,7 +116,9 @@ def load_data(workspace: Workspace, *, limit: bool = True) -> RunData:
         limit: Whether too many refused rows are a fault here; they are listed in any case.
 
     Raises:
-        DataError: If more rows are refused than ``data.max_rejected`` allows, or a source cannot be read.
+        ConfigError: If there are no classes for a classification, or not the ones that are named.
+        DataError: If more rows are refused than ``data.max_rejected`` allows, or a source cannot be read, or a class
+            has no training picture left.
     """
     config, taken = workspace.config, set[str]()
     sets, unused = _load_sets(config, taken)
@@ -115,7 +126,11 @@ def load_data(workspace: Workspace, *, limit: bool = True) -> RunData:
     texts = _load(config, config.data.texts, "texts", taken) if config.data.texts else None
     sources = [*sets.values(), *(source for source in (images, texts) if source is not None)]
     rejected = tuple(row for source in sources for row in source.rejected)
+    write_rejections(workspace.rejected, rejected)
     words = _weighted_texts(texts) if texts else {}
+    classes = _classes(config, sets) if config.task.kind == "classification" else None
+    if classes is not None:
+        sets = {name: prompted(classes, source) for name, source in sets.items()}
     data = RunData(
         sets,
         images.pairs if images else (),
@@ -124,8 +139,8 @@ def load_data(workspace: Workspace, *, limit: bool = True) -> RunData:
         images.weights if images else (),
         tuple(words.values()),
         unused,
+        classes,
     )
-    write_rejections(workspace.rejected, rejected)
     if limit:
         check_limit(workspace, data, rejected)
     return data
@@ -179,6 +194,12 @@ def _load(config: RunConfig, sources: Sources, kind: Any, taken: set[str]) -> So
     return load_source(specs, base=Path(), max_pixels=config.data.max_pixels, kind=kind, taken=taken)
 
 
+def _classes(config: RunConfig, sets: Mapping[str, Source]) -> Classes:
+    classes = classes_of(sets["train"].labels, config.task.templates, config.task.names)
+    check_sets(classes, sets)
+    return classes
+
+
 def _weighted_texts(source: Source) -> dict[str, float]:
     """Each text once with its weight: the largest, where several rows hold it."""
     weights: dict[str, float] = {}
@@ -195,7 +216,8 @@ def _load_sets(config: RunConfig, taken: set[str]) -> tuple[dict[str, Source], i
         ConfigError: If ``data.fraction`` leaves no row at all.
     """
     data, held = config.data, config.data.hold_out
-    sets = {"train": _load(config, data.train, "pairs", taken)} if data.train else {}
+    kind = "classes" if config.task.kind == "classification" else "pairs"
+    sets = {"train": _load(config, data.train, kind, taken)} if data.train else {}
     if data.train and held.val + held.test > 0:
         parts = split_source(sets["train"], {"val": held.val, "test": held.test}, held.by, str(config.seed))
         sets |= {name: part for name, part in parts.items() if name == "train" or len(part)}
@@ -206,12 +228,13 @@ def _load_sets(config: RunConfig, taken: set[str]) -> tuple[dict[str, Source], i
             raise ConfigError(f"data.fraction: {data.fraction:g} of {whole} training rows leaves none; give more")
     unused = whole - len(sets.get("train", ()))
     if data.val:
-        sets["val"] = _load(config, data.val, "pairs", taken)
+        sets["val"] = _load(config, data.val, kind, taken)
     for name, sources in data.test.items():
-        sets[name] = _load(config, sources, "pairs", taken)
+        sets[name] = _load(config, sources, kind, taken)
     return sets, unused
 
 
 def _without(source: Source, refused: set[str]) -> Source:
     kept = [row for row, pair in enumerate(source.pairs) if pair.key not in refused]
-    return Source(tuple(source.pairs[row] for row in kept), tuple(source.weights[row] for row in kept), source.rejected)
+    pairs, weights = tuple(source.pairs[row] for row in kept), tuple(source.weights[row] for row in kept)
+    return replace(source, pairs=pairs, weights=weights)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Any
 
 from clipdistill.core import files
@@ -15,7 +13,7 @@ from clipdistill.stages.index import build_index
 from clipdistill.stages.inputs import RunData, load_data, open_cache
 from clipdistill.stages.teachers import first_teacher, open_teachers, whole_teacher
 from clipdistill.stages.train import train
-from clipdistill.stages.workspace import Workspace
+from clipdistill.stages.workspace import Workspace, read_metrics
 from clipdistill.training.loop import OnLog
 
 STAGES = ("cache", "train", "index", "evaluate", "report")
@@ -95,14 +93,6 @@ def make_report(workspace: Workspace, data: RunData | None = None) -> None:
     report = files.read_json(workspace.report_json)
     strips = workspace.config.report.strips
     write_report(workspace.report_html, report, read_metrics(workspace), pictures, strips=strips)
-
-
-def read_metrics(workspace: Workspace) -> list[Mapping[str, Any]]:
-    """The training's metrics, one mapping a logged step; none where there was no training yet."""
-    path = workspace.training / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _best(workspace: Workspace) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from clipdistill.losses.presets import PRESETS
 from clipdistill.retrieval.exact import exact_top_k
 from clipdistill.retrieval.measures import overlap_at_k
 from clipdistill.stages.blocks import distilled_blocks
+from clipdistill.stages.classify import check_trained, class_task, class_validation, save_classifier
 from clipdistill.stages.inputs import RunData
 from clipdistill.stages.query import combine, new_query_student, query_scores
 from clipdistill.stages.teachers import drawn_views, first_teacher, whole_teacher
@@ -48,13 +49,14 @@ def loss_weights(config: LossConfig) -> LossWeights:
     return dataclasses.replace(PRESETS[config.preset], **changed)
 
 
-def new_objective(config: LossConfig, student: DualEncoder, cache: AnyCache) -> Objective:
-    """What a student of a teacher's stored embeddings is trained to minimise."""
+def new_objective(config: LossConfig, student: DualEncoder, cache: AnyCache, *, further: bool = False) -> Objective:
+    """What a student of a teacher's stored embeddings is trained to minimise, ``further`` terms aside."""
     return Objective(
         loss_weights(config),
         teacher_scale(cache),
         dim=student.dim if student.searches is None else student.teacher_dim,  # there its texts meet the pictures
         teacher_dim=student.teacher_dim,
+        further=further,
     )
 
 
@@ -139,7 +141,8 @@ def train(
         on_log: Called with each line of the metrics; what it raises ends the training.
 
     Returns:
-        The student that agrees best with the teacher's ranking on ``val``, as saved in the run's ``student`` folder.
+        The student that agrees best with the teacher's ranking (of a classification, with its classes) on ``val``, as
+        saved in the run's ``student`` folder.
 
     Raises:
         MismatchError: If a student or checkpoint of other inputs lies in the run's folder.
@@ -154,6 +157,7 @@ def train(
         "data": data.fingerprint,
         "teacher cache": cache.fingerprint,
         **_live_inputs(config, teachers),
+        **({"task": fingerprint.of_value(config.task.model_dump(mode="json"))} if data.classes else {}),
     }
     if workspace.is_done("train", made_from, workspace.student, force=force):
         return DualEncoder.load(workspace.student)
@@ -161,8 +165,11 @@ def train(
         _restart(workspace)
     student = new_student(config, data, cache, first_teacher(teachers))
     blocks = distilled_blocks(workspace, data, cache, student, first_teacher(teachers))
-    objective = new_objective(config.loss, student, cache)
+    task = class_task(config, data, cache)
+    objective = new_objective(config.loss, student, cache, further=task is not None)
     objective.check(has_pairs=config.train.batch > 0)
+    if task is not None:
+        check_trained(objective, config.train, config.task.distil, config.task.labels)
     student = distill(
         student,
         cache,
@@ -171,16 +178,18 @@ def train(
         train=config.train,
         seed=config.seed,
         folder=workspace.training,
-        on_eval=validation(data, cache),
+        on_eval=validation(data, cache) if task is None else class_validation(task, data, cache),
         fingerprint=fingerprint.of_value(made_from),
         on_log=on_log,
-        extras=blocks.extras,
-        facts=blocks.facts,
+        extras=(*blocks.extras, *(() if task is None else (task.loss,))),
+        facts=(*blocks.facts, *(() if task is None else (task.labels,))),
         live=live_teacher(config, teachers, wanted=blocks.live),
     )
     student.save(workspace.student)
     if student.searches is not None:
         combine(workspace, student, first_teacher(teachers))
+    if task is not None:
+        save_classifier(workspace, task, student)
     workspace.mark_done("train", made_from)
     return student
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,14 @@ class Workspace:
 
     def _note_config(self) -> None:
         files.write_text(self.folder / "run.toml", self.config.to_toml())
+
+
+def read_metrics(workspace: Workspace) -> list[Mapping[str, Any]]:
+    """The training's metrics, one mapping a logged step; none where there was no training yet."""
+    path = workspace.training / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _remove(path: Path) -> None:
