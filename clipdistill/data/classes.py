@@ -42,6 +42,11 @@ class Classes:
         """The prompts of the class that is read so."""
         return tuple(template.replace("{}", name) for template in self.templates)
 
+    @property
+    def every_prompt(self) -> tuple[str, ...]:
+        """The prompts of all classes, class by class, in the templates' order."""
+        return tuple(prompt for name in self.names for prompt in self.prompts(name))
+
     def numbers(self, labels: Sequence[str | None]) -> npt.NDArray[np.int64]:
         """The number of each label; :data:`UNKNOWN` where there is none."""
         known = {label: number for number, label in enumerate(self.labels)}

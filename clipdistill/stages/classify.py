@@ -84,8 +84,7 @@ def class_task(config: RunConfig, data: RunData, cache: TeacherCache) -> ClassTa
 
 def teacher_vectors(classes: Classes, cache: TeacherCache) -> Vectors:
     """The teacher's vector of each class, from its stored embeddings of the prompts."""
-    prompts = [prompt for name in classes.names for prompt in classes.prompts(name)]
-    rows = cache.text_rows(prompts)
+    rows = cache.text_rows(classes.every_prompt)
     return class_vectors(rows.reshape(len(classes), len(classes.templates), -1))
 
 

@@ -66,12 +66,13 @@ class RunData:
         """The pairs and unpaired texts whose embeddings by the teacher are stored.
 
         All of them, where the student learns from the stored ones; else those of the sets that are measured: a live
-        teacher embeds what the student is trained on anew at each step.
+        teacher embeds what the student is trained on anew at each step. A classification needs its prompts in any case.
         """
         if config.train.mode == "cached":
             return self.pairs, self.texts
         names = [name for name in self.sets if name != "train" or name in evaluation_sets(config)]
-        return [pair for name in names for pair in self.sets[name].pairs], ()
+        prompts = () if self.classes is None else self.classes.every_prompt
+        return [pair for name in names for pair in self.sets[name].pairs], prompts
 
     def without(self, refused: set[str]) -> RunData:
         """The same data without the rows of these keys.
