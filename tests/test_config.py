@@ -86,6 +86,25 @@ def test_every_fault_is_told_at_once(base):
         ({"teacher": {"embeddings": "pictures"}}, "logit_scale"),
         ({"student": {"image_weights": "no.safetensors"}}, "student.image_weights: no such file"),
         ({"seed": "x"}, "seed:"),
+        ({"task": {"kind": "classification", "templates": []}}, "task.templates: empty"),
+        ({"task": {"kind": "classification", "templates": ["a photo"]}}, "task.templates: 'a photo' has no {}"),
+        ({"task": {"kind": "classification", "templates": ["{}", "{}"]}}, "task.templates: a template is given twice"),
+        ({"task": {"kind": "classification", "names": {"n1": " "}}}, "task.names.n1: a blank name"),
+        ({"task": {"kind": "classification", "temperature": 0}}, "task.temperature"),
+        ({"task": {"kind": "classification", "labels": -1}}, "task.labels"),
+        ({"task": {"kind": "classificatoin"}}, "did you mean 'classification'"),
+        ({"task": {"kind": "classification"}, "train": {"mode": "mutual"}}, 'train.mode: "mutual" changes'),
+        ({"task": {"kind": "classification"}, "student": {"image": "teacher"}}, 'student.image: "teacher" leaves no'),
+        (
+            {"task": {"kind": "classification"}, "data": {"images": "a.csv"}, "train": {"batch": 0, "batch_images": 4}},
+            "data.train: missing: it says which classes there are",
+        ),
+        (
+            {"task": {"kind": "classification"}, "data": {"train": "a.csv", "hold_out": {"val": 0.1, "by": "caption"}}},
+            'data.hold_out.by: "caption" would hold out whole classes',
+        ),
+        ({"data": {"train": {"path": "pictures", "format": "classes"}}}, "data.train: format classes and label are"),
+        ({"data": {"train": "a.csv", "val": {"path": "val.csv", "label": "x"}}}, "data.val: format classes and label"),
     ],
 )
 def test_faults(base, sections, message):

@@ -146,8 +146,12 @@ class ClassResult:
     per_class: tuple[ClassLine, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values, as they come back from JSON."""
+        value = asdict(self)
+        value["per_class"] = list(value["per_class"])
+        for who in ("teacher", "student"):
+            value[who]["bins"] = list(value[who]["bins"])
+        return value
 
 
 def judge(classes: Vectors, teacher: Side, student: Side) -> Verdicts:

@@ -20,8 +20,8 @@ from clipdistill.stages.members import measure_members
 from clipdistill.stages.query import TEXT_TOWER, savings
 from clipdistill.stages.teachers import WholeTeacher
 from clipdistill.stages.workspace import Workspace
-from clipdistill.towers.matryoshka import cut_vectors
 from clipdistill.towers.classifier import Classifier
+from clipdistill.towers.matryoshka import cut_vectors
 from clipdistill.towers.student import DualEncoder
 from clipdistill.towers.teacher import Teacher
 

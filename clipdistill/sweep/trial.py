@@ -14,8 +14,8 @@ from clipdistill.config import RunConfig, evaluation_sets
 from clipdistill.core import files, fingerprint
 from clipdistill.core.errors import ConfigError, DataError, MismatchError, MissingExtraError, ParityError
 from clipdistill.core.locks import locked
-from clipdistill.stages.run import read_metrics, run
-from clipdistill.stages.workspace import Workspace
+from clipdistill.stages.run import run
+from clipdistill.stages.workspace import Workspace, read_metrics
 from clipdistill.sweep.axes import Axis, label, trial_config
 from clipdistill.sweep.outcome import (
     COMPLETE,
