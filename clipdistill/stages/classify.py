@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clipdistill.cache import TeacherCache
+from clipdistill.cache import AnyCache
 from clipdistill.config import RunConfig, TrainConfig
 from clipdistill.core.errors import ConfigError
 from clipdistill.data.classes import UNKNOWN, Classes
@@ -61,7 +61,7 @@ class ClassTask:
         return ClassHead(classes.labels, classes.names, classes.templates, self.vectors, scale)
 
 
-def class_task(config: RunConfig, data: RunData, cache: TeacherCache) -> ClassTask | None:
+def class_task(config: RunConfig, data: RunData, cache: AnyCache) -> ClassTask | None:
     """The classification of a run; None where the task is another.
 
     Args:
@@ -82,7 +82,7 @@ def class_task(config: RunConfig, data: RunData, cache: TeacherCache) -> ClassTa
     )
 
 
-def teacher_vectors(classes: Classes, cache: TeacherCache) -> Vectors:
+def teacher_vectors(classes: Classes, cache: AnyCache) -> Vectors:
     """The teacher's vector of each class, from its stored embeddings of the prompts."""
     rows = cache.text_rows(classes.every_prompt)
     return class_vectors(rows.reshape(len(classes), len(classes.templates), -1))
@@ -113,7 +113,7 @@ def check_trained(objective: Objective, train: TrainConfig, distil: float, label
 
 
 def class_validation(
-    task: ClassTask, data: RunData, cache: TeacherCache
+    task: ClassTask, data: RunData, cache: AnyCache
 ) -> Callable[[DualEncoder, int], Mapping[str, float]] | None:
     """A function that scores a student on ``val`` by its agreement with the teacher's classes; None without a val set.
 
@@ -169,7 +169,7 @@ def unmeasured(name: str) -> RetrievalReport:
 
 
 def measure_classification(
-    classifier: Classifier, sets: Mapping[str, tuple[Pair, ...]], cache: TeacherCache
+    classifier: Classifier, sets: Mapping[str, tuple[Pair, ...]], cache: AnyCache
 ) -> dict[str, Any]:
     """Measure a classifier and its teacher on some sets.
 
@@ -193,13 +193,13 @@ def measure_classification(
     }
 
 
-def _measured(name: str, pairs: tuple[Pair, ...], classifier: Classifier, cache: TeacherCache) -> ClassResult:
+def _measured(name: str, pairs: tuple[Pair, ...], classifier: Classifier, cache: AnyCache) -> ClassResult:
     head = classifier.head
     truth = Classes(head.labels, head.names, head.templates).numbers([pair.label for pair in pairs])
     return evaluate_classes(name, head.labels, head.names, truth, _verdicts(pairs, classifier, cache))
 
 
-def _verdicts(pairs: tuple[Pair, ...], classifier: Classifier, cache: TeacherCache) -> Verdicts:
+def _verdicts(pairs: tuple[Pair, ...], classifier: Classifier, cache: AnyCache) -> Verdicts:
     images = classifier.embed_in_teacher(classifier.encoder.encode_images(_pictures(pairs)))
     teacher = Side(cache.image_rows([pair.key for pair in pairs]), cache.scale)
     return judge(classifier.head.vectors, teacher, Side(images, classifier.head.scale))

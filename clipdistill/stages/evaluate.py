@@ -128,7 +128,7 @@ def evaluate(
 
 
 def _retrieval(
-    config: RunConfig, name: str, pairs: tuple[Pair, ...], student: DualEncoder, cache: TeacherCache
+    config: RunConfig, name: str, pairs: tuple[Pair, ...], student: DualEncoder, cache: AnyCache
 ) -> RetrievalReport:
     _log.info("evaluating %s", name)
     rows = retrieval_rows(config, pairs)

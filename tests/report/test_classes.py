@@ -1,4 +1,5 @@
 import copy
+import io
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -34,7 +35,7 @@ def classified(report, classification):
 
 
 def printed(report):
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))
+    console = Console(width=160, record=True, file=io.StringIO())
     for item in summary(report):
         console.print(item)
     return console.export_text()
