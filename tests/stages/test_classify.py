@@ -11,8 +11,9 @@ import torch
 from clipdistill.config import RunConfig
 from clipdistill.core.errors import ConfigError, DataError, MismatchError
 from clipdistill.stages.classify import save_classifier
-from clipdistill.stages.inputs import load_data, open_cache, open_teacher
+from clipdistill.stages.inputs import load_data, open_cache
 from clipdistill.stages.run import run, run_all
+from clipdistill.stages.teachers import open_teachers
 from clipdistill.stages.workspace import Workspace, read_metrics
 from clipdistill.towers.classifier import Classifier
 
@@ -60,7 +61,7 @@ def test_a_run_reports_the_classification_and_ships_the_classifier(done):
 @pytest.mark.slow
 def test_the_teacher_s_figures_are_its_zero_shot_classification(done):
     made, report, _ = done
-    teacher = open_teacher(made.config)
+    (teacher,) = open_teachers(made.config)
     vectors = []
     for name in ("blue thing", "green thing", "red thing"):
         mean = teacher.encode_texts([f"a photo of a {name}.", name]).astype(float).mean(axis=0)
@@ -184,7 +185,7 @@ def test_names_and_prompts_are_the_captions_so_that_each_is_cached_once(small):
     assert data.classes.names == ("blue thing", "green thing", "crimson")
     red = [pair for pair in data.sets["train"].pairs if pair.label == "red_thing"]
     assert {pair.captions for pair in red} == {("a photo of a crimson.", "crimson")}
-    cache, kept = open_cache(made, data, open_teacher(made.config))
+    cache, kept = open_cache(made, data, open_teachers(made.config))
     assert cache.facts["texts"] == 6
     assert kept.classes == data.classes
 
@@ -223,7 +224,7 @@ def test_a_class_that_loses_its_last_picture_in_the_cache_is_named(small):
     data = load_data(made)
     assert len(data.sets["train"]) == 17
     with pytest.raises(DataError, match="1 of 3 classes have no picture left to train on: 'red_thing'"):
-        open_cache(made, data, open_teacher(made.config))
+        open_cache(made, data, open_teachers(made.config))
 
 
 def test_rows_without_a_label_are_refused_and_counted(small):
