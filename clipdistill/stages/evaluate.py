@@ -117,9 +117,9 @@ def evaluate(
         "student_fingerprint": student.fingerprint,
         "libraries": manifest.libraries(),
     }
-    if isinstance(cache, EnsembleCache):
-        sets = {name: data.sets[name].pairs for name in evaluation_sets(config)}
-        report["members"] = measure_members(cache, sets, teacher, ks=config.evaluate.ks)
+    searched = {name: rows for name, pairs in sets.items() if (rows := retrieval_rows(config, pairs))}
+    if isinstance(cache, EnsembleCache) and searched:
+        report["members"] = measure_members(cache, searched, teacher, ks=config.evaluate.ks)
     if student.searches is not None:
         report["saves"] = savings(len(indexed_pairs(workspace, data)), report["sizes"], report["speeds"])
     files.write_json(workspace.report_json, report)
