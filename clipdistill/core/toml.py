@@ -34,7 +34,8 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> Iterator[s
 
     Args:
         raw: The nested dictionary to change.
-        overrides: ``section.key=value`` each, the value in TOML's own form; a plain word is a string.
+        overrides: ``section.key=value`` each, the value in TOML's own form; a plain word is a string. A list's items
+            go by their numbers, counted from 0: ``section.list.0.key=value``.
 
     Yields:
         A fault for each override that cannot be applied.
@@ -47,11 +48,18 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> Iterator[s
             continue
         section: Any = raw
         for key in keys[:-1]:
-            section = section.setdefault(key, {}) if isinstance(section, dict) else None
-        if not isinstance(section, dict):
+            section = _within(section, key)
+        if isinstance(section, dict):
+            section[keys[-1]] = _value(text.strip())
+        else:
             yield f"{dotted}: {'.'.join(keys[:-1])} is not a section"
-            continue
-        section[keys[-1]] = _value(text.strip())
+
+
+def _within(section: Any, key: str) -> Any:
+    """The part of a section with this key, made where it is missing; of a list, the item with this number."""
+    if isinstance(section, list) and key.isdecimal() and int(key) < len(section):
+        return section[int(key)]
+    return section.setdefault(key, {}) if isinstance(section, dict) else None
 
 
 def _value(text: str) -> Any:

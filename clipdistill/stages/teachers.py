@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from clipdistill.cache import AnyCache, CachedMember, EnsembleCache, TeacherCache, Views, adopt, fill
 from clipdistill.config import MemberConfig, RunConfig, TeacherConfig
-from clipdistill.core.errors import DataError, MismatchError
+from clipdistill.core.errors import ConfigError, DataError, MismatchError
 from clipdistill.data.records import Pair
 from clipdistill.stages.workspace import Workspace
 from clipdistill.towers.ensemble import Ensemble, EnsembleTeacher, MemberFacts
@@ -152,11 +153,21 @@ def _gathered(
 ) -> AnyCache:
     """One teacher's embeddings, or all members' as one; ``open_live`` finds or makes those of a live teacher."""
     if not workspace.config.teacher.members:
-        return _adopted(parts[0], pairs, pairs, texts) if parts[0].teacher is None else open_live(parts[0])
-    _refuse_widths(workspace.config, parts)
+        if parts[0].teacher is not None:
+            return open_live(parts[0])
+        alone = _adopted(parts[0], pairs)
+        alone.check_data(pairs, texts)
+        return alone
+    _refuse_shared_folders(parts)
     caches: dict[str, TeacherCache] = {}
     for part in parts:
+        if part.teacher is None:
+            with _naming(part.label):
+                caches[part.section] = _adopted(part, pairs)
+    _refuse_widths(workspace.config, parts, caches)
+    for part in parts:
         if part.teacher is not None:
+            _log.info("%s:", part.label)
             with _naming(part.label):
                 caches[part.section] = open_live(part)
     # An embeddings folder need not have the pictures that no teacher can decode.
@@ -165,7 +176,7 @@ def _gathered(
     for part in parts:
         if part.teacher is None:
             with _naming(part.label):
-                caches[part.section] = _adopted(part, pairs, kept, texts)
+                caches[part.section].check_data(kept, texts)
     members = [
         CachedMember(part.label, caches[part.section], part.config.weight, part.config.scale)
         for part in parts
@@ -197,11 +208,25 @@ def _load(config: RunConfig, section: str, member: TeacherConfig | MemberConfig)
     )
 
 
-def _refuse_widths(config: RunConfig, parts: Sequence[TeacherPart]) -> None:
-    """Refuse live members that cannot be averaged before any of them embeds anything."""
-    live = [MemberFacts(part.label, part.teacher.dim, part.teacher.scale) for part in parts if part.teacher is not None]
-    if len(live) > 1:
-        Ensemble(tuple(live), config.teacher.combine)
+def _refuse_shared_folders(parts: Sequence[TeacherPart]) -> None:
+    """Refuse members whose caches would lie in or below one folder, however it is written.
+
+    Raises:
+        ConfigError: Naming both members.
+    """
+    live = [(part, part.folder.resolve()) for part in parts if part.teacher is not None]
+    for (one, mine), (other, theirs) in combinations(live, 2):
+        if mine.is_relative_to(theirs) or theirs.is_relative_to(mine):
+            raise ConfigError(
+                f"{other.section}.cache: {other.label} would store its embeddings in {theirs}, and {one.label} in "
+                f"{mine}; give each a cache folder of its own"
+            )
+
+
+def _refuse_widths(config: RunConfig, parts: Sequence[TeacherPart], adopted: Mapping[str, TeacherCache]) -> None:
+    """Refuse members that cannot be averaged before any of them embeds anything."""
+    known = [(part.label, part.teacher or adopted[part.section]) for part in parts]
+    Ensemble(tuple(MemberFacts(label, teacher.dim, teacher.scale) for label, teacher in known), config.teacher.combine)
 
 
 def _filled(
@@ -241,16 +266,14 @@ def _stored(part: TeacherPart, pairs: Sequence[Pair], texts: Sequence[str]) -> T
     return cache
 
 
-def _adopted(part: TeacherPart, pairs: Sequence[Pair], kept: Sequence[Pair], texts: Sequence[str]) -> TeacherCache:
+def _adopted(part: TeacherPart, pairs: Sequence[Pair]) -> TeacherCache:
     teacher = part.config
-    cache = adopt(
+    return adopt(
         Path(teacher.embeddings or ""),
         pairs,
         logit_scale=teacher.logit_scale or 0.0,
         logit_bias=teacher.logit_bias,
     )
-    cache.check_data(kept, texts)
-    return cache
 
 
 def _clear(folder: Path) -> None:

@@ -100,8 +100,9 @@ class Ensemble:
     @property
     def shares(self) -> tuple[float, ...]:
         """The weights, made to sum 1."""
-        whole = math.fsum(member.weight for member in self.members)
-        return tuple(member.weight / whole for member in self.members)
+        largest = max(member.weight for member in self.members)  # or the sum of the largest numbers would overflow
+        whole = math.fsum(member.weight / largest for member in self.members)
+        return tuple(member.weight / largest / whole for member in self.members)
 
     @property
     def scale(self) -> float:

@@ -38,6 +38,15 @@ def test_overrides_that_cannot_be_applied_are_faults():
     assert raw == {"name": "x"}
 
 
+def test_overrides_reach_into_a_lists_items_by_number():
+    raw = {"a": {"list": [{"k": 1}, {"k": 2}, 3]}}
+    assert list(toml.apply_overrides(raw, ["a.list.1.k=5", "a.list.0.new.deeper=x"])) == []
+    assert raw == {"a": {"list": [{"k": 1, "new": {"deeper": "x"}}, {"k": 5}, 3]}}
+    faults = list(toml.apply_overrides(raw, ["a.list.3.k=5", "a.list.2.k=5", "a.list.x.k=5", "a.list.-1.k=5"]))
+    assert faults[0] == "a.list.3.k: a.list.3 is not a section"
+    assert len(faults) == 4
+
+
 def test_what_is_written_reads_back_equal(tmp_path):
     values = {
         "name": 'a "quoted" näme\n',

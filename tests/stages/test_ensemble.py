@@ -104,13 +104,29 @@ def test_a_tampered_member_and_another_teacher_name_the_member(place):
 def test_two_members_in_one_folder_are_refused_however_it_is_written(place):
     made = workspace(place, TWO.replace("}", f', cache = "{place}/c"}}', 1).replace('small"}', 'small", cache = "c"}'))
     assert {made.cache_of(member) for member in made.config.teacher.members} == {place / "c"}
-    with pytest.raises(MismatchError, match=r"^teacher\.members\.1 \(small\): .*/c: teacher\.weights does not match"):
+    with pytest.raises(
+        ConfigError, match=r"^teacher\.members\.1\.cache: .* \(small\) would store its embeddings in .*/c, "
+    ):
         opened(made)
+    inside = workspace(place, TWO.replace('small"}', 'small", cache = "out/cache/teacher/x"}'))
+    with pytest.raises(ConfigError, match=r"cache/teacher/x, and teacher\.members\.0"):
+        opened(inside)
+    assert not (place / "c").exists()
+    assert not (place / "out/cache").exists()
 
 
 def test_embeddings_of_other_widths_are_refused_before_anything_is_embedded(place):
     made = workspace(place, TWO, "teacher.combine=embeddings")
     with pytest.raises(ConfigError, match=r"members\.0 \(teacher\) has 24, teacher\.members\.1 \(small\) has 16"):
+        opened(made)
+    data = load_data(made)
+    embeddings(place / "stored", data.pairs)
+    made = workspace(
+        place,
+        TWO.replace('model = "local-dir:small"', 'embeddings = "stored", logit_scale = 9'),
+        "teacher.combine=embeddings",
+    )
+    with pytest.raises(ConfigError, match=r"members\.0 \(teacher\) has 24, teacher\.members\.1 \(stored\) has 12"):
         opened(made)
     assert not (made.folder / "cache").exists()
 
