@@ -11,6 +11,7 @@ from clipdistill.config.data import LISTS, DataConfig, Sources
 from clipdistill.config.student import StudentConfig
 from clipdistill.config.teacher import CacheConfig, MemberConfig, TeacherConfig
 
+MANIFEST = "manifest.json"
 _FOLDER = "local-dir:"
 
 
@@ -69,6 +70,17 @@ def missing_files(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
                 yield f"{dotted}: nothing matches {text} (looked in {base})"
         elif not path.exists():
             yield f"{dotted}: no such file or folder: {text} (looked for {path})"
+
+
+def missing_scales(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
+    """Every folder of embeddings whose model's scale is neither given nor in a manifest beside them."""
+    for dotted, teacher in raw_teachers(raw):
+        folder = teacher.get("embeddings")
+        if isinstance(folder, str) and teacher.get("logit_scale") is None and not (base / folder / MANIFEST).is_file():
+            yield (
+                f"{dotted}.logit_scale: missing: embeddings without a {MANIFEST} of ours need the exp(logit_scale) of "
+                "the model that made them (100.0 for most CLIP models)"
+            )
 
 
 def anchored(config: Sections, base: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from clipdistill.config.data import DataConfig
 from clipdistill.config.features import FeaturesConfig, feature_faults
 from clipdistill.config.loss import LossConfig
 from clipdistill.config.measure import EvaluateConfig, IndexConfig, ReportConfig
-from clipdistill.config.paths import anchored, missing_files
+from clipdistill.config.paths import anchored, missing_files, missing_scales
 from clipdistill.config.student import StudentConfig
 from clipdistill.config.sweep import SweepConfig
 from clipdistill.config.task import TaskConfig
@@ -185,13 +185,6 @@ def _ensemble_faults(config: RunConfig) -> Iterator[str]:
         yield 'student.image: "teacher" keeps one teacher\'s picture tower, and teacher.members names several'
     if config.features.image or config.features.text:
         yield "features: blocks are distilled from one teacher, and teacher.members names several"
-    for number, member in enumerate(members):
-        if member.embeddings is not None and config.cache.views > 1:
-            where = f"teacher.members.{number} ({member.name})"
-            yield (
-                f"cache.views: {config.cache.views}, but {where} is a folder of embeddings, which are "
-                "of whole pictures only: set cache.views = 1"
-            )
 
 
 def _query_side_faults(config: RunConfig) -> Iterator[str]:
@@ -263,7 +256,7 @@ def _class_only(config: RunConfig) -> Iterator[str]:
 def _validated(raw: dict[str, Any], base: Path, checks: Sequence[Check], faults: list[str]) -> RunConfig:
     config, found = toml.validate(RunConfig, raw)
     faults += found
-    for check in (missing_files, *checks):
+    for check in (missing_files, missing_scales, *checks):
         faults += list(check(raw, base))
     if faults or config is None:
         raise ConfigError(dict.fromkeys(faults))

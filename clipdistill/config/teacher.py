@@ -20,8 +20,9 @@ class MemberConfig(Section):
     model: str | None = None
     pretrained: str | None = None
     embeddings: str | None = None
+    """A clip-retrieval embeddings folder, or a cache that was filled before; then this teacher is not run."""
     logit_scale: Above0 | None = None
-    """The model's own exp(logit_scale); only to be given with ``embeddings``."""
+    """The model's own exp(logit_scale); only to be given with ``embeddings`` that no manifest of ours describes."""
     logit_bias: Annotated[float, Field(allow_inf_nan=False)] | None = None
     cache: str | None = None
     """Where this member's embeddings are stored; none = a folder of its own in the run's cache."""
@@ -53,8 +54,6 @@ class MemberConfig(Section):
     def _one_origin(self) -> MemberConfig:
         if (self.model is None) == (self.embeddings is None):
             raise ValueError("give each member either model or embeddings")
-        if self.embeddings is not None and self.logit_scale is None:
-            raise ValueError("a member's embeddings need its logit_scale (exp of the model's own, 100.0 for most)")
         idle = ("logit_scale", "logit_bias") if self.model else ("pretrained", "cache", "batch", "precision", "device")
         given = [name for name in idle if getattr(self, name) is not None]
         if given and self.model:
@@ -72,9 +71,9 @@ class TeacherConfig(Section):
     pretrained: str | None = None
     """An open_clip tag, or a file of weights; only with a plain name."""
     embeddings: str | None = None
-    """A clip-retrieval embeddings folder to adopt; then no teacher is run."""
+    """A clip-retrieval embeddings folder to adopt, or a cache that was filled before; then no teacher is run."""
     logit_scale: Above0 | None = None
-    """The teacher's exp(logit_scale); only to be given with ``embeddings``."""
+    """The teacher's exp(logit_scale); only to be given with ``embeddings`` that no manifest of ours describes."""
     logit_bias: Annotated[float, Field(allow_inf_nan=False)] | None = None
     members: tuple[MemberConfig, ...] = ()
     """Several teachers, an ensemble; then neither ``model`` nor ``embeddings`` is given."""
@@ -93,10 +92,6 @@ class TeacherConfig(Section):
             raise ValueError("teacher.combine says how teacher.members are combined, and there are none")
         if (self.model is None) == (self.embeddings is None):
             raise ValueError("give either teacher.model or teacher.embeddings")
-        if self.embeddings is not None and self.logit_scale is None:
-            raise ValueError(
-                "teacher.embeddings needs teacher.logit_scale (exp of the model's own, 100.0 for most CLIP models)"
-            )
         return self
 
     def _ensemble(self) -> TeacherConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from clipdistill.cache import AnyCache, CachedMember, EnsembleCache, TeacherCache, Views, adopt, fill
 from clipdistill.config import MemberConfig, RunConfig, TeacherConfig
+from clipdistill.core import manifest
 from clipdistill.core.errors import ConfigError, DataError, MismatchError
 from clipdistill.data.records import Pair
 from clipdistill.stages.workspace import Workspace
@@ -22,6 +24,7 @@ from clipdistill.towers.teacher import Teacher, load_teacher
 WholeTeacher = Teacher | EnsembleTeacher
 _log = logging.getLogger("clipdistill")
 _AGREEMENT_ROWS = 256
+_SAME_SCALE = 1e-3
 _LEAST_AGREEMENT = 0.2  # of models trained apart it is about 0
 
 
@@ -51,7 +54,7 @@ class TeacherPart:
     @property
     def stored(self) -> bool:
         """Whether its embeddings are there, whoever made them."""
-        return self.teacher is None or (self.folder / "manifest.json").exists()
+        return self.teacher is None or (self.folder / manifest.NAME).exists()
 
 
 def open_teachers(config: RunConfig) -> tuple[Teacher | None, ...]:
@@ -156,6 +159,7 @@ def _gathered(
         if parts[0].teacher is not None:
             return open_live(parts[0])
         alone = _adopted(parts[0], pairs)
+        _check_views(workspace.config, alone)
         alone.check_data(pairs, texts)
         return alone
     _refuse_shared_folders(parts)
@@ -164,6 +168,7 @@ def _gathered(
         if part.teacher is None:
             with _naming(part.label):
                 caches[part.section] = _adopted(part, pairs)
+                _check_views(workspace.config, caches[part.section])
     _refuse_widths(workspace.config, parts, caches)
     for part in parts:
         if part.teacher is not None:
@@ -223,6 +228,16 @@ def _refuse_shared_folders(parts: Sequence[TeacherPart]) -> None:
             )
 
 
+def _check_views(config: RunConfig, cache: TeacherCache) -> None:
+    """Refuse embeddings that are not of the views that the configuration asks for."""
+    wanted, found = drawn_views(config), cache.drawn
+    if config.train.mode == "cached" and found.count == 1 < wanted.count:
+        remedy = "These embeddings are of whole pictures only: set cache.views = 1."
+        raise MismatchError(str(cache.folder), "cache.views", wanted.count, found.count, remedy)
+    if config.train.mode == "cached":
+        cache.check_views(wanted)
+
+
 def _refuse_widths(config: RunConfig, parts: Sequence[TeacherPart], adopted: Mapping[str, TeacherCache]) -> None:
     """Refuse members that cannot be averaged before any of them embeds anything."""
     known = [(part.label, part.teacher or adopted[part.section]) for part in parts]
@@ -267,13 +282,18 @@ def _stored(part: TeacherPart, pairs: Sequence[Pair], texts: Sequence[str]) -> T
 
 
 def _adopted(part: TeacherPart, pairs: Sequence[Pair]) -> TeacherCache:
-    teacher = part.config
-    return adopt(
-        Path(teacher.embeddings or ""),
-        pairs,
-        logit_scale=teacher.logit_scale or 0.0,
-        logit_bias=teacher.logit_bias,
-    )
+    """Embeddings that are there already: in a cache of ours, which knows its teacher, or in clip-retrieval's layout."""
+    given, folder = part.config, Path(part.config.embeddings or "")
+    if not (folder / manifest.NAME).exists():
+        return adopt(folder, pairs, logit_scale=given.logit_scale or 0.0, logit_bias=given.logit_bias)
+    cache = TeacherCache.open(folder)
+    for field, mine, found in (
+        ("logit_scale", given.logit_scale, cache.scale),
+        ("logit_bias", given.logit_bias, cache.bias),
+    ):
+        if mine is not None and (found is None or not math.isclose(mine, found, rel_tol=_SAME_SCALE)):
+            raise MismatchError(str(folder), f"{part.section}.{field}", mine, found, f"Leave {field} out: it is known.")
+    return cache
 
 
 def _clear(folder: Path) -> None:

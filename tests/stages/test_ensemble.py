@@ -115,6 +115,48 @@ def test_two_members_in_one_folder_are_refused_however_it_is_written(place):
     assert not (place / "out/cache").exists()
 
 
+def test_caches_that_were_filled_before_make_an_ensemble_without_their_teachers(place):
+    whole, _ = opened(workspace(place, TWO, "cache.views=2"))
+    stored = '{embeddings = "out/cache/teacher", weight = 2}, {embeddings = "out/cache/small"}'
+    made = workspace(place, stored, "cache.views=2", out="again")
+    assert open_teachers(made.config) == (None, None)
+    cache, _ = opened(made)
+    assert cache.fingerprint == whole.fingerprint
+    assert (cache.views, cache.scale) == (2, whole.scale)
+    with pytest.raises(MismatchError, match=r"^teacher\.members\.0 .*views\.count does not match: expected 3, found 2"):
+        opened(workspace(place, stored, "cache.views=3", out="again"))
+    scaled = stored.replace("weight = 2", "logit_scale = 100.0")
+    with pytest.raises(MismatchError, match=r"members\.0\.logit_scale does not match: expected 100\.0, found 14\.28"):
+        opened(workspace(place, scaled, "cache.views=2", out="again"))
+    rows = place / "out/cache/small/text_emb/text_emb_0.npy"
+    rows.write_bytes(rows.read_bytes()[:-1] + b"x")
+    with pytest.raises(MismatchError, match=r"^teacher\.members\.1 \(small\): .*text_emb_0\.npy: sha256"):
+        opened(made)
+
+
+def test_a_cache_that_was_filled_before_serves_alone_without_its_teacher(place):
+    whole, _ = opened(workspace(place, TWO))
+    text = (place / "base.toml").read_text().replace('model = "local-dir:teacher"', 'embeddings = "out/cache/small"')
+    (place / "run.toml").write_text(text)
+    made = Workspace(RunConfig.load(place / "run.toml"), place / "alone")
+    cache, _ = opened(made)
+    assert cache.fingerprint == whole.members[1].cache.fingerprint
+    views = Workspace(RunConfig.load(place / "run.toml", ["cache.views=2"]), place / "alone")
+    with pytest.raises(MismatchError, match=r"cache\.views does not match: expected 2, found 1.*set cache\.views = 1"):
+        opened(views)
+
+
+def test_more_views_than_adopted_embeddings_have_are_refused_before_anything_is_embedded(place):
+    data = load_data(workspace(place, TWO))
+    embeddings(place / "stored", data.pairs)
+    made = workspace(place, '{model = "local-dir:teacher"}, {embeddings = "stored", logit_scale = 9}', "cache.views=2")
+    with pytest.raises(
+        MismatchError, match=r"^teacher\.members\.1 \(stored\): .*cache\.views .*: set cache\.views = 1"
+    ):
+        opened(made)
+    assert not (made.folder / "cache").exists()
+
+
 def test_embeddings_of_other_widths_are_refused_before_anything_is_embedded(place):
     made = workspace(place, TWO, "teacher.combine=embeddings")
     with pytest.raises(ConfigError, match=r"members\.0 \(teacher\) has 24, teacher\.members\.1 \(small\) has 16"):
