@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench bench-seeds bench-presets bars clean
+.PHONY: demo test check bench bench-seeds bench-presets bench-query-side bars clean
 
 demo: $(VENV)/.demo
 	$(BIN)/clipdistill demo --json
@@ -26,6 +26,9 @@ bench-seeds: $(VENV)/.dev
 
 bench-presets: $(VENV)/.dev
 	$(BIN)/python benchmarks/presets.py --jobs 2
+
+bench-query-side: $(VENV)/.dev
+	$(BIN)/python benchmarks/query_side.py
 
 bars: $(VENV)/.dev
 	$(BIN)/python benchmarks/bars.py

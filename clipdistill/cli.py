@@ -133,7 +133,7 @@ def evaluate(
 def index(
     config: Run, overrides: Overrides = None, out: Out = None, force: Force = False, as_json: Json = False
 ) -> None:
-    """Build the FAISS index over the student's picture embeddings."""
+    """Build the FAISS index over the student's picture embeddings; over the teacher's for a text tower alone."""
     _stage("index", config, overrides, out, force, as_json)
 
 

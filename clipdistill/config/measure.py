@@ -6,7 +6,7 @@ from clipdistill.config.base import Count, Positive, Section
 
 
 class IndexConfig(Section):
-    """The FAISS index over the student's picture embeddings."""
+    """The FAISS index over the picture embeddings: the student's, or the teacher's where it has a text tower alone."""
 
     factory: str = "auto"
     """A FAISS factory string, or ``auto``: chosen by the number of vectors."""

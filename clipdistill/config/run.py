@@ -206,6 +206,8 @@ def _query_side_faults(config: RunConfig) -> Iterator[str]:
         "loss.masked_feature": bool(config.loss.masked_feature),
         "features.image": bool(config.features.image),
     }
+    if student.text == "inherit":
+        yield f'student.text: "inherit" {why}: name a preset or an open_clip configuration with a text tower of its own'
     stay, reasons = "the pictures stay the teacher's", {"student.dims": "the teacher's index has one width"}
     for key, is_given in given.items():
         if is_given:

@@ -262,6 +262,7 @@ def test_what_does_not_go_with_it_is_told_at_once(tmp_path):
     faults = [
         "student.image_init=random", "student.image_size=32", "train.batch_images=4", "train.mode=live",
         "train.lr_image=0.1", "train.lr_head=0.1", "student.dims=[24,12]", "task.kind=classification",
+        "student.text=inherit",
     ]  # fmt: skip
     with pytest.raises(ConfigError) as raised:
         RunConfig.load(path, faults, checks=[name_checks])
