@@ -31,8 +31,8 @@ SEEDS = (17, 18, 19)
 RUNS = Path("runs/query_side")
 PAIRING = "student_query_teacher_index"
 STUDENT = {"image": "teacher", "text": "nano", "text_init": "inherit", "vocab_size": 8600}
-# The teacher's own similarities to its pictures, beside its embeddings of the texts.
-LOSS = {"affinity": 1.0}
+# The teacher's embeddings of the texts, as in the demo, and beside them its similarities to its pictures.
+LOSS = {"feature_cosine": 8.0, "affinity": 1.0, "affinity_rows": "all", "clip": 0.0, "interactive": 0.0}
 TRAIN = {
     "steps": 800,
     "batch": 128,
@@ -49,7 +49,7 @@ def query_config(seed: int, teacher: Path) -> RunConfig:
     """The demo's configuration with a text tower alone."""
     data = embedded_data()
     raw: dict[str, Any] = tomllib.loads((data / "demo.toml").read_text(encoding="utf-8"))
-    raw |= {"name": f"query_side_{seed}", "seed": seed, "student": STUDENT, "train": TRAIN, "loss": raw["loss"] | LOSS}
+    raw |= {"name": f"query_side_{seed}", "seed": seed, "student": STUDENT, "train": TRAIN, "loss": LOSS}
     raw["teacher"]["model"] = f"local-dir:{assemble_teacher(teacher, data / 'teacher' / 'heads.safetensors')}"
     return RunConfig.parse(raw, data, checks=[name_checks])
 
