@@ -156,7 +156,8 @@ def _block_lines(found: Mapping[str, Any] | None) -> Iterator[str]:
         return
     told = f"  inner blocks: {found['blocks']} of the teacher's, {found['bytes'] / 1e6:.1f} MB"
     if found["store"] == "cache":
-        yield f"{told}: stored beside its embeddings, by one more pass over the training rows"
+        took = duration(found["estimated_seconds"])
+        yield f"{told}: stored beside its embeddings, by one more pass over the training rows in {took}"
     elif found["bytes"] > found["max_bytes"]:
         limit = f"features.max_bytes ({found['max_bytes'] / 1e6:.1f} MB)"
         yield f"{told}: more than {limit}: the teacher runs on each batch"

@@ -15,6 +15,7 @@ from clipdistill.cache import AnyCache, TeacherCache
 from clipdistill.cache.blocks import BlockPlan, StoredBlocks, fill_blocks, open_blocks
 from clipdistill.config import FeaturesConfig, RunConfig
 from clipdistill.core.errors import ConfigError
+from clipdistill.core.locks import locked
 from clipdistill.data.records import Pair, Picture
 from clipdistill.stages.inputs import RunData
 from clipdistill.stages.workspace import Workspace
@@ -74,22 +75,33 @@ def asked(features: FeaturesConfig) -> bool:
     return bool(features.image or features.text)
 
 
-def preview(config: RunConfig, data: RunData, teacher: Teacher | None) -> dict[str, Any] | None:
-    """How many blocks of the teacher are asked for, their bytes, and whether they are stored; None for no blocks.
+def preview(
+    config: RunConfig, data: RunData, teacher: Teacher | None, pictures_per_s: float, texts_per_s: float
+) -> dict[str, Any] | None:
+    """What the teacher's blocks will take: their number and bytes, whether and how long they are stored; or None.
+
+    Args:
+        config: The run's configuration.
+        data: Its rows.
+        teacher: The live teacher.
+        pictures_per_s: Its measured rate.
+        texts_per_s: The same.
 
     Raises:
         ConfigError: If a block does not exist.
     """
     if not asked(config.features) or teacher is None:
         return None
-    check_blocks(config, teacher)
     plan = _plan(config, data, teacher, "")
     size = plan.bytes(_widths(config, teacher), config.cache.views)
+    passes = ((len(plan.pictures) * config.cache.views, pictures_per_s), (len(plan.texts), texts_per_s))
+    store = _store(config, size)
     return {
         "blocks": len(plan.image) + len(plan.text),
         "bytes": size,
-        "store": _store(config, size),
+        "store": store,
         "max_bytes": config.features.max_bytes,
+        "estimated_seconds": sum(rows / rate for rows, rate in passes if rate) if store == "cache" else 0.0,
     }
 
 
@@ -119,7 +131,8 @@ def distilled_blocks(
     if _store(config, size) == "live":
         _log.info("inner blocks: %.1f MB would be stored: the teacher runs on each batch instead", size / 1e6)
         return Blocks((_loss(config, student, pairs, LiveCells(_taps(config, teacher))),), (), live=True)
-    stored = open_blocks(cache.folder, plan) or _filled(workspace, plan, cache, teacher, _pictures(data))
+    with locked(cache.folder / "blocks" / ".lock"):  # another run on this cache may want the same
+        stored = open_blocks(cache.folder, plan) or _filled(workspace, plan, cache, teacher, _pictures(data))
     return Blocks((_loss(config, student, pairs, StoredCells()),), (stored,))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from clipdistill.cache.fill import planned_bytes
 from clipdistill.data.records import Picture
 from clipdistill.data.survey import survey
-from clipdistill.stages.blocks import preview
+from clipdistill.stages.blocks import check_blocks, preview
 from clipdistill.stages.coverage import coverage, readable
 from clipdistill.stages.inputs import RunData
 from clipdistill.stages.teachers import TeacherPart, first_teacher, open_teachers, teacher_parts
@@ -31,6 +31,7 @@ def inspect(workspace: Workspace, data: RunData) -> dict[str, Any]:
         leaves out; ``cost``: passes, bytes and estimated seconds; ``coverage``: how well ``train`` covers other sets.
     """
     teachers = open_teachers(workspace.config)
+    check_blocks(workspace.config, first_teacher(teachers))
     sets = {name: survey(source).to_json() for name, source in data.sets.items()}
     extra = {"images": len(data.images), "texts": len(data.texts)}
     price = cost(workspace, data, teachers)
@@ -47,7 +48,8 @@ def cost(workspace: Workspace, data: RunData, teachers: Sequence[Teacher | None]
     pictures = [pair.picture for pair in data.pairs if pair.picture is not None]
     costs = [_cost(workspace, part, pictures, texts) for part in teacher_parts(workspace, teachers)]
     whole = costs[0] if len(costs) == 1 else _sum(costs)
-    return {**whole, "blocks": preview(workspace.config, data, first_teacher(teachers))}
+    rates = (whole.get("pictures_per_s", 0.0), whole.get("texts_per_s", 0.0))
+    return {**whole, "blocks": preview(workspace.config, data, first_teacher(teachers), *rates)}
 
 
 def _cost(workspace: Workspace, part: TeacherPart, pictures: list[Picture], texts: list[str]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def metrics(workspace):
 def test_blocks_train_from_the_store_and_from_the_live_teacher_alike(path):
     stored = opened(path, 'features.pool="grid"', "features.cells=2")
     run(stored, until="train")
-    (folder,) = (stored.cache / "blocks").iterdir()
+    (folder,) = (stored.cache / "blocks").glob("*-*")
     assert json.loads((folder / "manifest.json").read_text())["cells"] == 2
     assert not (folder / "plan.json").exists()
     assert np.load(folder / "image_0/view0_0.npy").shape == (16, 4, 32)
@@ -58,14 +58,14 @@ def test_blocks_train_from_the_store_and_from_the_live_teacher_alike(path):
 
 def test_the_store_is_used_again_and_serves_less_data(path):
     run(opened(path), until="train")
-    (folder,) = (opened(path).cache / "blocks").iterdir()
+    (folder,) = (opened(path).cache / "blocks").glob("*-*")
     before = (folder / "manifest.json").stat().st_mtime_ns
     shared = f'cache.folder="{opened(path).cache}"'
     run(opened(path, shared, "data.fraction=0.6", out="less"), until="train")
-    assert [found.name for found in folder.parent.iterdir()] == [folder.name]
+    assert list(folder.parent.glob("*-*")) == [folder]
     assert (folder / "manifest.json").stat().st_mtime_ns == before
     run(opened(path, shared, 'features.pool="grid"', out="more"), until="train")
-    assert len(list(folder.parent.iterdir())) == 2
+    assert len(list(folder.parent.glob("*-*"))) == 2
 
 
 def test_other_blocks_are_another_training(path):
@@ -96,7 +96,11 @@ def test_the_cost_preview_says_whether_the_blocks_are_stored(path):
     workspace = opened(path)
     found = inspect(workspace, load_data(workspace))
     size = 2 * (24 * 32 + 24 * 32)  # two blocks of the student share one of the teacher
-    assert found["cost"]["blocks"] == {"blocks": 2, "bytes": size, "store": "cache", "max_bytes": 2_000_000_000}
+    told = found["cost"]["blocks"]
+    assert told["estimated_seconds"] == pytest.approx(
+        24 / found["cost"]["pictures_per_s"] + 24 / found["cost"]["texts_per_s"]
+    )
+    assert (told["blocks"], told["bytes"], told["store"], told["max_bytes"]) == (2, size, "cache", 2_000_000_000)
     assert "  inner blocks: 2 of the teacher's, 0.0 MB: stored" in "\n".join(
         inspection_lines(found, workspace.rejected)
     )
@@ -139,3 +143,26 @@ def test_nothing_is_checked_where_no_blocks_are_asked_for(path):
     path.write_text(path.read_text().replace(FEATURES, ""))
     workspace = opened(path)
     check_blocks(workspace.config, first_teacher(open_teachers(workspace.config)))
+
+
+def test_blocks_go_with_a_live_teacher_masked_pictures_and_parts(path):
+    """The masked pictures are passes of their own through the student, and each part is one through the teacher."""
+    changes = ('train.mode="live"', "loss.masked_feature=1.0", "train.accumulation=2", "cache.views=2")
+    workspace = opened(path, *changes)
+    run(workspace, until="train")
+    told = metrics(workspace)
+    assert len(told) == 4
+    assert all(0 < line["blocks_image"] < 2 and 0 < line["blocks_text"] < 2 for line in told)
+    assert all("masked_feature" in line for line in told)
+    assert not (workspace.cache / "blocks").exists()
+
+
+def test_a_text_tower_alone_has_blocks_of_texts(path):
+    text = path.read_text().replace(FEATURES, "[features]\ntext = [{student = 1.0, teacher = 1.0}]\n")
+    picture_tower = 'image = "mobilenetv4_conv_small_050"\nimage_size = 32\nimage_init = "random"'
+    path.write_text(text.replace(picture_tower, 'image = "teacher"'))
+    workspace = opened(path, 'loss.preset="fd"')
+    run(workspace, until="train")
+    told = metrics(workspace)
+    assert told[-1]["blocks_text"] < told[0]["blocks_text"]
+    assert "blocks_image" not in told[0]
