@@ -12,7 +12,7 @@ from clipdistill.stages.evaluate import evaluate
 from clipdistill.stages.index import build_index
 from clipdistill.stages.inputs import RunData, load_data, open_cache
 from clipdistill.stages.teachers import first_teacher, open_teachers, whole_teacher
-from clipdistill.stages.train import train
+from clipdistill.stages.train import check_losses, train
 from clipdistill.stages.workspace import Workspace, read_metrics
 from clipdistill.training.loop import OnLog
 
@@ -33,6 +33,8 @@ def run(
     Returns:
         The report's plain values where the run was evaluated, else what the last stage made, in a few facts.
     """
+    if until != "cache":
+        check_losses(workspace.config)
     workspace.begin()
     data = load_data(workspace)
     teachers = open_teachers(workspace.config)

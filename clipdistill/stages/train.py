@@ -49,6 +49,19 @@ def loss_weights(config: LossConfig) -> LossWeights:
     return dataclasses.replace(PRESETS[config.preset], **changed)
 
 
+def check_losses(config: RunConfig) -> None:
+    """Refuse a loss that cannot be trained on such batches, before a teacher has run for it.
+
+    Raises:
+        ConfigError: Naming the weights and what they need.
+    """
+    train, further = config.train, config.task.kind == "classification"
+    images, texts = train.batch + train.batch_images > 0, train.batch + train.batch_texts > 0
+    scale = TeacherScale(1.0, None)  # any does
+    objective = Objective(loss_weights(config.loss), scale, dim=1, teacher_dim=1, further=further)
+    objective.check(train.batch > 0, images=images, texts=texts)
+
+
 def new_objective(config: LossConfig, student: DualEncoder, cache: AnyCache, *, further: bool = False) -> Objective:
     """What a student of a teacher's stored embeddings is trained to minimise, ``further`` terms aside."""
     return Objective(
@@ -151,7 +164,8 @@ def train(
     made_from = {
         "seed": config.seed,
         "student": fingerprint.of_value(config.student.model_dump(mode="json")),
-        "loss": fingerprint.of_value(config.loss.model_dump(mode="json")),
+        # Resolved, as another version may give a preset other weights.
+        "loss": fingerprint.of_value(dataclasses.asdict(loss_weights(config.loss))),
         "features": fingerprint.of_value(config.features.model_dump(mode="json")),
         "train": fingerprint.of_value(config.train.model_dump(mode="json", exclude={"workers", "log_every"})),
         "data": data.fingerprint,

@@ -7,7 +7,7 @@ import tiny
 from safetensors.torch import load_file
 
 from clipdistill.config import LossConfig, RunConfig
-from clipdistill.core.errors import ConfigError
+from clipdistill.core.errors import ConfigError, MismatchError
 from clipdistill.losses.presets import PRESETS
 from clipdistill.losses.weights import TERM_WEIGHTS
 from clipdistill.stages.run import run
@@ -32,6 +32,30 @@ def test_what_is_not_given_is_the_presets():
 def test_a_schedule_of_a_weight_that_the_preset_leaves_out_is_refused():
     with pytest.raises(ConfigError, match=r"loss\.schedule\.clip: loss\.clip is 0"):
         loss_weights(LossConfig(preset="fd", schedule={"clip": ((0.0, 1.0),)}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (["loss.preset=fd", "loss.schedule={clip = [[0, 1]]}"], "loss.clip is 0"),
+        (["loss.preset=fd", "loss.feature_mse=0"], "every weight is 0"),
+        (["loss.preset=clip", "train.batch=0", "train.batch_texts=4"], "loss.clip needs pictures paired with texts"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_is_refused_before_anything_is_made(tmp_path, changes, fault):
+    workspace = Workspace.of(RunConfig.load(tiny.run_toml(tmp_path), changes), tmp_path / "out")
+    with pytest.raises(ConfigError, match=fault):
+        run(workspace, until="train")
+    assert not workspace.folder.exists()
+
+
+def test_a_presets_weights_decide_the_run_not_its_name(tmp_path, monkeypatch):
+    config = RunConfig.load(tiny.run_toml(tmp_path), ["loss.preset=fd", "train.steps=1", 'train.device="cpu"'])
+    workspace = Workspace.of(config, tmp_path / "out")
+    run(workspace, until="train")
+    monkeypatch.setitem(loss_weights.__globals__, "PRESETS", {**PRESETS, "fd": PRESETS["clip_kd"]})
+    with pytest.raises(MismatchError, match="loss does not match"):
+        run(workspace, until="train")
 
 
 @pytest.mark.slow
