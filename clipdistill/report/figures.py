@@ -35,6 +35,7 @@ _TRAINING_FACTS = (
     "skipped",
     "class_scale",
 )
+_BALANCE = "log_variance_"
 _MEASURED = ("overlap", "success", "recall", "agreement", "top1", "score")
 
 Points = list[tuple[float, float]]
@@ -65,16 +66,19 @@ def training_curves(metrics: Iterable[Mapping[str, Any]]) -> list[Drawing]:
             passed over.
 
     Returns:
-        A figure for each of the three that has values; the long ones are thinned by averaging neighbours.
+        A figure for each of the three that has values, and one of the losses' learned balance where there is such; the
+        long ones are thinned by averaging neighbours. The terms of narrower widths stay in the metrics alone.
     """
     series = _series(metrics)
     losses = {name: points for name, points in series.items() if _is_loss(name)}
     agreement = {name: points for name, points in series.items() if _is_measured(name)}
+    balance = {name: points for name, points in series.items() if name.startswith(_BALANCE)}
     rates = {name: points for name, points in series.items() if name.split("/")[0] == "lr"}
     panels = (
         ("Training loss", losses, "loss"),
         ("Validation against the teacher", agreement, "value"),
         ("Learning rate", rates, "rate"),
+        ("Learned balance of the losses", balance, "log-variance"),
     )
     return [_curves(title, values, unit) for title, values, unit in panels if values]
 
@@ -244,7 +248,10 @@ def _is_measured(name: str) -> bool:
 
 def _is_loss(name: str) -> bool:
     return name.startswith("terms/") or (
-        "/" not in name and name not in (*_TRAINING_FACTS, "lr") and not _is_measured(name)
+        not {"/", "@"}.intersection(name)
+        and name not in (*_TRAINING_FACTS, "lr")
+        and not name.startswith(_BALANCE)
+        and not _is_measured(name)
     )
 
 

@@ -1,7 +1,8 @@
 """The numbers of a run: ``metrics.jsonl``, one object a line, and the same scalars as TensorBoard events.
 
 ==========  =========================================================================================================
-training    ``step, epoch, loss``, every term by its name, ``lr, lr_image, lr_text, grad_norm, rejected, samples_per_s,
+training    ``step, epoch, loss``, every term by its name (at a narrower width ``NAME@WIDTH``, and the learned
+            ``log_variance_WEIGHT`` of balanced losses), ``lr, lr_image, lr_text, grad_norm, rejected, samples_per_s,
             data_seconds, compute_seconds``: the step's own values; ``rejected`` counts the unreadable pictures so far;
             the times and the rate are over the steps since the line before
 evaluation  ``step, score`` and what else the evaluation gave

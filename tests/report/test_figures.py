@@ -42,6 +42,15 @@ def test_names_inside_figures_resolve_and_are_not_shared(metrics):
         assert all(seen.setdefault(name, drawing.title) == drawing.title for name in named)
 
 
+def test_the_losses_balance_has_a_figure_of_its_own_and_narrower_widths_none():
+    plain = [{"step": step, "loss": 3.0 / step, "clip": 2.0 / step} for step in range(1, 6)]
+    extra = [{"log_variance_clip": -0.1 * step, "clip@64": 9.0} for step in range(1, 6)]
+    found = training_curves([line | more for line, more in zip(plain, extra, strict=True)])
+    assert [drawing.title for drawing in found] == ["Training loss", "Learned balance of the losses"]
+    assert found[0] == training_curves(plain)[0]
+    assert found[1].text == "log variance clip from -0.1 at step 1 to -0.5 at step 5"
+
+
 def test_colours_follow_the_page(metrics):
     for drawing in all_drawings(metrics):
         assert "var(--ink)" in drawing.svg
