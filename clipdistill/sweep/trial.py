@@ -241,8 +241,11 @@ def _milliseconds(rate: float | None) -> float | None:
 
 def _measured(report: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     sets: dict[str, dict[str, float | None]] = {}
-    for row in (report.get("evaluation") or {}).get("rows") or []:
+    rows = (report.get("evaluation") or {}).get("rows") or []
+    # A text tower alone has no pictures of its own to be measured against.
+    pairing = "student" if any(row["pairing"] == "student" for row in rows) else "student_query_teacher_index"
+    for row in rows:
         kind = (row["pairing"], row["search"], row["direction"], row["k"])
-        if kind == ("student", "exact", "text_to_image", 10) and row["measure"] in _MEASURES:
+        if kind == (pairing, "exact", "text_to_image", 10) and row["measure"] in _MEASURES:
             sets.setdefault(row["set"], {})[f"{row['measure']}10"] = row["value"]
     return sets

@@ -28,6 +28,7 @@ from clipdistill.stages.inputs import load_data, name_checks, open_cache
 from clipdistill.stages.run import run, run_all
 from clipdistill.stages.teachers import open_teachers
 from clipdistill.stages.workspace import Workspace
+from clipdistill.sweep.trial import _measured
 from clipdistill.towers.student import DualEncoder
 
 PICTURE_TOWER = 'image = "mobilenetv4_conv_small_050"\nimage_size = 32\nimage_init = "random"\n'
@@ -221,6 +222,13 @@ def test_the_report_says_what_is_saved(live):
     assert "42 pictures are not embedded again" in text
     assert "of the teacher's success@10" in text
     assert "student on teacher" in text and "teacher on student" in text
+
+
+def test_a_sweeps_trial_takes_the_queries_on_the_teachers_vectors(live):
+    _, report = live
+    found = _measured(report)["test"]
+    for measure in ("overlap", "retention", "success"):
+        assert found[f"{measure}10"] == value(report, measure, "student_query_teacher_index")
 
 
 def test_run_again_keeps_all_and_a_new_student_keeps_the_index(live):
