@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench bench-seeds bench-presets bench-query-side bars clean
+.PHONY: demo test check bench bench-seeds bench-presets bench-query-side bench-classes bars clean
 
 demo: $(VENV)/.demo
 	$(BIN)/clipdistill demo --json
@@ -29,6 +29,9 @@ bench-presets: $(VENV)/.dev
 
 bench-query-side: $(VENV)/.dev
 	$(BIN)/python benchmarks/query_side.py
+
+bench-classes: $(VENV)/.dev
+	$(BIN)/python benchmarks/classification.py
 
 bars: $(VENV)/.dev
 	$(BIN)/python benchmarks/bars.py

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from clipdistill.evaluation import evaluate as evaluate
     from clipdistill.retrieval.index import VectorIndex as VectorIndex
     from clipdistill.search import Searcher as Searcher
+    from clipdistill.towers.classifier import Classifier as Classifier
     from clipdistill.towers.student import DualEncoder as DualEncoder
     from clipdistill.training.loop import distill as distill
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Classifier": "clipdistill.towers.classifier",
     "DualEncoder": "clipdistill.towers.student",
     "RetrievalReport": "clipdistill.evaluation",
     "RunConfig": "clipdistill.config",

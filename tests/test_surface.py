@@ -16,6 +16,7 @@ VERBS = ["cache", "demo", "doctor", "evaluate", "index", "inspect", "report", "r
 
 def test_the_public_names():
     assert clipdistill.__all__ == [
+        "Classifier",
         "DualEncoder",
         "RetrievalReport",
         "RunConfig",
@@ -39,6 +40,7 @@ def test_the_signatures():
 
 def test_the_methods():
     expected = {
+        "Classifier": "load classify probabilities names save",
         "DualEncoder": "encode_images encode_texts save load dim fingerprint",
         "VectorIndex": "build search save load",
         "TeacherCache": "open image_rows text_rows check_teacher check_data probe",
