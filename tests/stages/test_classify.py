@@ -231,3 +231,25 @@ def test_rows_without_a_label_are_refused_and_counted(small):
     shutil.copy(small / "train/red_thing/p000.png", small / "train/stray.png")
     refuse(small, DataError, r"1 of 46 rows were refused")
     assert "no label" in (small / "out/rejected.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_several_teachers_classify_as_one_and_agree_with_their_own_mean(small):
+    tiny.teacher_folder(small / "second", seed=4, siglip=True)
+    members = '[teacher]\nmembers = [{model = "local-dir:teacher"}, {model = "local-dir:second"}]\n'
+    text = (small / "run.toml").read_text()
+    (small / "run.toml").write_text(text.replace('[teacher]\nmodel = "local-dir:teacher"\nbatch = 8\n', members))
+    made = workspace(small, 'student.text_init="random"', 'task.templates=["{}"]')
+    measured = run_all(made)["classification"]["sets"][0]
+    logits = 0.0
+    pairs = load_data(made).sets["test"].pairs
+    for teacher in open_teachers(made.config):
+        texts = teacher.encode_texts(["blue thing", "green thing", "red thing"])
+        images = teacher.encode_images([pair.picture for pair in pairs])
+        logits = logits + teacher.scale * images @ texts.T
+    truth = [sorted(tiny.COLOURS).index(pair.label) for pair in pairs]
+    assert measured["teacher"]["top1"]["value"] == pytest.approx(np.mean(logits.argmax(axis=1) == truth))
+    powers = np.exp(logits / 2 - (logits / 2).max(axis=1, keepdims=True))
+    sure = (powers / powers.sum(axis=1, keepdims=True)).max(axis=1)
+    bins = measured["teacher"]["bins"]
+    assert sum(one["pictures"] * (one["confidence"] or 0) for one in bins) / 12 == pytest.approx(sure.mean(), abs=2e-3)
