@@ -60,6 +60,8 @@ def check_losses(config: RunConfig) -> None:
     scale = TeacherScale(1.0, None)  # any does
     objective = Objective(loss_weights(config.loss), scale, dim=1, teacher_dim=1, further=further)
     objective.check(train.batch > 0, images=images, texts=texts)
+    if further:
+        check_trained(objective, train, config.task.distil, config.task.labels)
 
 
 def new_objective(config: LossConfig, student: DualEncoder, cache: AnyCache, *, further: bool = False) -> Objective:
@@ -182,8 +184,6 @@ def train(
     task = class_task(config, data, cache)
     objective = new_objective(config.loss, student, cache, further=task is not None)
     objective.check(has_pairs=config.train.batch > 0)
-    if task is not None:
-        check_trained(objective, config.train, config.task.distil, config.task.labels)
     student = distill(
         student,
         cache,
