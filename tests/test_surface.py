@@ -8,7 +8,8 @@ import sys
 import clipdistill
 
 SIGNATURES = {
-    "distill": "student cache data objective train seed folder on_eval resume fingerprint on_log extras facts live",
+    "distill": "student cache data objective train seed folder on_eval resume fingerprint on_log extras facts live "
+    "mutual",
     "evaluate": "encoder pairs name teacher index ks seed to_teacher",
 }
 VERBS = ["cache", "demo", "doctor", "evaluate", "index", "inspect", "report", "run", "search", "sweep", "train"]

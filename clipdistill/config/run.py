@@ -150,6 +150,8 @@ def _mutual_faults(config: RunConfig) -> Iterator[str]:
     if config.teacher.precision != "fp32":
         found = config.teacher.precision
         yield f'teacher.precision: train.mode = "mutual" trains the teacher in fp32, not in {found}'
+    if config.features.image or config.features.text:
+        yield 'features: inner blocks are those of a teacher that stands still; set train.mode = "live" or "cached"'
     if not config.train.batch:
         yield 'train.batch: train.mode = "mutual" needs pairs: the teacher learns its own task from them'
 

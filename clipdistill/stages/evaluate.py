@@ -17,6 +17,7 @@ from clipdistill.stages.classify import measure_classification, retrieval_rows, 
 from clipdistill.stages.index import indexed_pairs
 from clipdistill.stages.inputs import RunData
 from clipdistill.stages.members import measure_members
+from clipdistill.stages.mutual import mutual_report, trained_teacher
 from clipdistill.stages.query import TEXT_TOWER, savings
 from clipdistill.stages.teachers import WholeTeacher
 from clipdistill.stages.workspace import Workspace
@@ -96,6 +97,7 @@ def evaluate(
         "data": data.fingerprint,
         "evaluate": fingerprint.of_value([config.evaluate.model_dump(mode="json"), config.index.factory]),
         **({} if classifier is None else {"classifier": classifier.fingerprint}),
+        **trained_teacher(workspace),
     }
     if workspace.is_done("evaluate", made_from, workspace.report_json, force=force):
         return dict(files.read_json(workspace.report_json))
@@ -105,6 +107,7 @@ def evaluate(
             raise ConfigError(f"evaluate.sets: the set {name!r} has no rows; give data.test or data.hold_out.test")
         sets[name] = data.sets[name].pairs
     reports = [_retrieval(config, name, pairs, student, cache) for name, pairs in sets.items()]
+    evaluation = RetrievalReport.merge(reports)
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "name": config.name,
@@ -112,7 +115,7 @@ def evaluate(
         "data": _counts(data),
         "sizes": _sizes(student, teacher, cache),
         "speeds": _speeds(data, student, teacher),
-        "evaluation": RetrievalReport.merge(reports).to_json(),
+        "evaluation": evaluation.to_json(),
         **({} if classifier is None else {"classification": measure_classification(classifier, sets, cache)}),
         "student_fingerprint": student.fingerprint,
         "libraries": manifest.libraries(),
@@ -122,6 +125,8 @@ def evaluate(
         report["members"] = measure_members(cache, searched, teacher, ks=config.evaluate.ks)
     if student.searches is not None:
         report["saves"] = savings(len(indexed_pairs(workspace, data)), report["sizes"], report["speeds"])
+    if config.train.mode == "mutual":
+        report["mutual"] = mutual_report(workspace, data, cache, evaluation)
     files.write_json(workspace.report_json, report)
     workspace.mark_done("evaluate", made_from)
     return report

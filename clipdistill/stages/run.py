@@ -71,13 +71,8 @@ def run_all(workspace: Workspace, *, force: bool = False) -> dict[str, Any]:
     if force:
         for stage in STAGES:
             workspace.note(stage).unlink(missing_ok=True)
-        for path in (
-            workspace.training,
-            workspace.student,
-            workspace.combined,
-            workspace.index,
-            workspace.folder / "cache",
-        ):
+        made = (workspace.training, workspace.student, workspace.combined, workspace.mutual, workspace.index)
+        for path in (*made, workspace.folder / "cache"):
             _remove(path)
     return run(workspace)
 

@@ -23,6 +23,7 @@ from clipdistill.retrieval.measures import overlap_at_k
 from clipdistill.stages.blocks import distilled_blocks
 from clipdistill.stages.classify import check_trained, class_task, class_validation, save_classifier
 from clipdistill.stages.inputs import RunData
+from clipdistill.stages.mutual import mutual_inputs, new_mutual
 from clipdistill.stages.query import combine, new_query_student, query_scores
 from clipdistill.stages.teachers import drawn_views, first_teacher, whole_teacher
 from clipdistill.stages.workspace import Workspace
@@ -33,6 +34,7 @@ from clipdistill.towers.live import LiveTeacher
 from clipdistill.towers.matryoshka import principal_axes
 from clipdistill.towers.student import DualEncoder
 from clipdistill.towers.teacher import Teacher
+from clipdistill.towers.teacher_folder import save_teacher
 from clipdistill.training.batches import TrainingData
 from clipdistill.training.live import Live, LiveEnsemble, LiveRows
 from clipdistill.training.loop import OnLog, distill
@@ -174,8 +176,10 @@ def train(
         "teacher cache": cache.fingerprint,
         **_live_inputs(config, teachers),
         **({"task": fingerprint.of_value(config.task.model_dump(mode="json"))} if data.classes else {}),
+        **mutual_inputs(config),
     }
-    if workspace.is_done("train", made_from, workspace.student, force=force):
+    done = workspace.is_done("train", made_from, workspace.student, force=force)
+    if done and (config.train.mode != "mutual" or workspace.mutual.exists()):
         return DualEncoder.load(workspace.student)
     if force:
         _restart(workspace)
@@ -184,6 +188,8 @@ def train(
     task = class_task(config, data, cache)
     objective = new_objective(config.loss, student, cache, further=task is not None)
     objective.check(has_pairs=config.train.batch > 0)
+    # What is trained is a copy: the teacher as it was stays the reference, and is asked for its speed later.
+    running = [one and one.copy() for one in teachers] if config.train.mode == "mutual" else teachers
     student = distill(
         student,
         cache,
@@ -197,8 +203,11 @@ def train(
         on_log=on_log,
         extras=(*blocks.extras, *(() if task is None else (task.loss,))),
         facts=(*blocks.facts, *(() if task is None else (task.labels,))),
-        live=live_teacher(config, teachers, wanted=blocks.live),
+        live=live_teacher(config, running, wanted=blocks.live),
+        mutual=new_mutual(config, running),
     )
+    if config.train.mode == "mutual" and running[0] is not None:
+        save_teacher(running[0], workspace.mutual, extra={"made_from": made_from})
     student.save(workspace.student)
     if student.searches is not None:
         combine(workspace, student, first_teacher(teachers))
@@ -290,4 +299,5 @@ def _success(rows: Judged, texts: Any, images: Any) -> dict[str, float]:
 def _restart(workspace: Workspace) -> None:
     import shutil
 
-    shutil.rmtree(workspace.training, ignore_errors=True)
+    for path in (workspace.training, workspace.mutual):
+        shutil.rmtree(path, ignore_errors=True)

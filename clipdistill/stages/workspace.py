@@ -61,6 +61,11 @@ class Workspace:
         return self.folder / "combined"
 
     @property
+    def mutual(self) -> Path:
+        """The teacher that was trained with the student in mutual mode: an open_clip ``local-dir:`` folder."""
+        return self.folder / "mutual_teacher"
+
+    @property
     def index(self) -> Path:
         """The FAISS index over the student's picture embeddings, or the teacher's where the student has none."""
         return self.folder / "index"

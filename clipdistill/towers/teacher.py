@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +45,8 @@ class Teacher:
         name: How the user named it.
         device: Where it runs.
         max_pixels: Pictures that claim more are refused.
+        source: What open_clip loads it by: a name, ``hf-hub:`` or ``local-dir:``; None where it was made otherwise.
+        quick_gelu: Whether its weights asked for QuickGELU, which its name alone does not say.
     """
 
     def __init__(
@@ -55,7 +58,10 @@ class Teacher:
         name: str,
         device: torch.device | str = "cpu",
         max_pixels: int = 100_000_000,
+        source: str | None = None,
+        quick_gelu: bool = False,
     ) -> None:
+        self.source, self.quick_gelu = source, quick_gelu
         self.model: Any = model.to(device).eval().requires_grad_(False)
         self.transform, self.tokenizer, self.name = transform, tokenizer, name
         self.device, self.max_pixels = torch.device(device), max_pixels
@@ -94,7 +100,7 @@ class Teacher:
         preprocess = getattr(getattr(self.model, "visual", None), "preprocess_cfg", None) or str(self.transform)
         return {
             "weights": fingerprint.of_tensors(self.model.state_dict()),
-            "preprocess": fingerprint.of_value(_plain(preprocess)),
+            "preprocess": fingerprint.of_value(plain(preprocess)),
             "tokenizer": fingerprint.of_value(
                 [type(self.tokenizer).__name__, self._tokens(list(_TOKENIZER_PROBE)).tolist()]
             ),
@@ -106,6 +112,19 @@ class Teacher:
         if self._fingerprint is None:
             self._fingerprint = fingerprint.of_value(self.parts)
         return self._fingerprint
+
+    def copy(self) -> Teacher:
+        """A teacher with a network of its own, equal to this one's: to train one and keep the other."""
+        return Teacher(
+            deepcopy(self.model),
+            self.transform,
+            self.tokenizer,
+            name=self.name,
+            device=self.device,
+            max_pixels=self.max_pixels,
+            source=self.source,
+            quick_gelu=self.quick_gelu,
+        )
 
     def encode_images(self, pictures: Sequence[Picture], batch: int = 64) -> Vectors:
         """Embed whole pictures: float32 [pictures, dim], unit rows.
@@ -194,7 +213,16 @@ def load_teacher(
         raise ConfigError(
             f"{section}.model: {model} could not be loaded: {_reason(fault, model, tag, section)}"
         ) from fault
-    return Teacher(network, transform, tokenizer, name=_full_name(model, tag), device=place, max_pixels=max_pixels)
+    return Teacher(
+        network,
+        transform,
+        tokenizer,
+        name=_full_name(model, tag),
+        device=place,
+        max_pixels=max_pixels,
+        source=model,
+        quick_gelu=needs_quick_gelu,
+    )
 
 
 def name_faults(model: str, pretrained: str | None, section: str = "teacher") -> Iterator[str]:
@@ -249,11 +277,12 @@ def _reason(fault: Exception, model: str, tag: str | None, section: str) -> str:
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value in JSON's own types."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 

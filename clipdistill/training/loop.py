@@ -30,6 +30,7 @@ from clipdistill.training.folder import TrainingFolder
 from clipdistill.training.live import LiveRows
 from clipdistill.training.masking import mask_patches, statistics_at_rest
 from clipdistill.training.metrics import Clock, Metrics
+from clipdistill.training.mutual import Mutual
 from clipdistill.training.optimizer import (
     align_gradients,
     build_optimizer,
@@ -88,6 +89,7 @@ class _Run:
     on_eval: OnEval | None
     extras: tuple[ExtraLoss, ...]
     live: LiveRows | None
+    mutual: Mutual | None
     frozen_norms: list[nn.Module]
     statistics: list[Tensor]
     device: torch.device
@@ -96,15 +98,17 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What one step gave: the losses of its parts, and the two numbers that decide whether it counts."""
+    """What one step gave: the losses of its parts, and the numbers that decide whether it counts."""
 
     terms: list[LossTerms]
     loss: float
     grad_norm: float
+    teacher_loss: float
+    teacher_norm: float
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        return all(map(math.isfinite, (self.loss, self.grad_norm, self.teacher_loss, self.teacher_norm)))
 
 
 def distill(
@@ -123,6 +127,7 @@ def distill(
     extras: Sequence[ExtraLoss] = (),
     facts: Sequence[RowFacts] = (),
     live: LiveRows | None = None,
+    mutual: Mutual | None = None,
 ) -> DualEncoder:
     """Train a student from a teacher's embeddings: stored, or made on each batch.
 
@@ -142,9 +147,11 @@ def distill(
         extras: Further losses; what they learn is trained too.
         facts: What the batches tell those of their rows.
         live: Teachers that embed each batch, in the views that they and the student are shown of it.
+        mutual: The live teacher, to be trained beside the student; ``live`` embeds with its network.
 
     Returns:
-        The student with its best weights by ``score`` (of equal ones the earliest), or its last without ``on_eval``.
+        The student with its best weights by ``score`` (of equal ones the earliest), or its last without ``on_eval``. A
+        teacher that was trained has its weights of the same step then.
 
     Raises:
         ConfigError: If the settings do not fit the data, the student or the device.
@@ -156,7 +163,9 @@ def distill(
     with ExitStack() as stack:
         stack.enter_context(numerics.reproducible(device, train.threads))
         norms = stack.enter_context(frozen(student.model, train.freeze))
-        state = _new_state(student, objective, extras, train, device)
+        if mutual is not None:
+            stack.enter_context(mutual.training())
+        state = _new_state(student, objective, extras, train, device, mutual)
         for one in extras:
             stack.enter_context(one.watching(student))
         run = _Run(
@@ -170,8 +179,9 @@ def distill(
             on_eval=on_eval,
             extras=tuple(extras),
             live=live,
+            mutual=mutual,
             frozen_norms=norms,
-            statistics=[value for part in student.module.modules() for value in _statistics(part)],
+            statistics=[*_statistics(student.module), *_statistics(state.teacher)],
             device=device,
             precision=numerics.choose_precision(train.precision, device),
         )
@@ -213,42 +223,67 @@ def _train(run: _Run, metrics: Metrics) -> None:
 
 
 def _step(run: _Run, batch: Batch) -> _Outcome:
-    """One update of the weights; where the loss or the gradient is not finite, nothing changes at all."""
+    """One update of the weights; where a loss or a gradient is not finite, nothing changes at all."""
     state = run.state
     torch.manual_seed(seed_of(run.seed, "step", batch.step))  # for dropout and drop path
     before = [value.clone() for value in run.statistics]
     state.optimizer.zero_grad(set_to_none=True)
-    terms = []
+    terms, theirs = [], []
     parts = list(batch.parts(run.train.accumulation))
     for part in parts:
-        terms.append(_losses(run, _taught(run, part.to(run.device))))
-        state.scaler.scale(terms[-1].total / len(parts)).backward()  # type: ignore[no-untyped-call]
-    state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(list(state.names), run.train.grad_clip or math.inf)
-    loss = torch.stack([term.total.detach() for term in terms]).mean()
-    outcome = _Outcome(terms, *torch.stack([loss, norm]).tolist())  # the step's only wait for the device
+        own, teacher = _losses(run, part.to(run.device))
+        terms.append(own)
+        theirs += [] if teacher is None else [teacher]
+        total = own.total if teacher is None else own.total + teacher.total
+        state.scaler.scale(total / len(parts)).backward()  # type: ignore[no-untyped-call]
+    outcome = _outcome(run, terms, theirs)
     if outcome.finite:
         align_gradients(state.names)
         state.scaler.step(state.optimizer)
         if state.average is not None:
             state.average.update(batch.step)
     else:
-        for value, old in zip(run.statistics, before, strict=True):
-            value.copy_(old)
+        _put_back(run.statistics, before)
     state.scaler.update()
     return outcome
 
 
-@torch.no_grad()
-def _taught(run: _Run, batch: Batch) -> Batch:
-    """The batch with the teacher's rows: those of a live teacher are made now, at that teacher's own precision."""
+def _outcome(run: _Run, terms: list[LossTerms], theirs: list[LossTerms]) -> _Outcome:
+    """Clip the gradients, the teacher's apart from the student's, and read what decides whether the step counts."""
+    state, bound = run.state, run.train.grad_clip or math.inf
+    state.scaler.unscale_(state.optimizer)
+    teacher = [value for value, name in state.names.items() if part_of(name) == "teacher"]
+    student = [value for value, name in state.names.items() if part_of(name) != "teacher"]
+    norms = [nn.utils.clip_grad_norm_(student, bound), nn.utils.clip_grad_norm_(teacher, bound)]
+    losses = [torch.stack([one.total.detach() for one in each]).mean() for each in (terms, theirs) if each]
+    # The step's only wait for the device, but for mutual training's look at the student's scale.
+    numbers = torch.stack([value.to(losses[0]) for value in (*norms, *losses)]).tolist()
+    joined = [LossTerms(own.total, own.parts | their.parts) for own, their in zip(terms, theirs, strict=False)] or terms
+    return _Outcome(joined, numbers[2], numbers[0], numbers[3] if theirs else 0.0, numbers[1])
+
+
+def _losses(run: _Run, batch: Batch) -> tuple[LossTerms, LossTerms | None]:
+    """The student's losses on a part of a batch; and the teacher's, where it is trained too."""
+    rows = _teacher_rows(run, batch)
+    batch = replace(batch, teacher_images=rows.images.detach(), teacher_texts=rows.texts.detach())
+    own, terms = _student_losses(run, batch)
+    if run.mutual is None:
+        return terms, None
+    return terms, run.mutual.losses(rows, own, run.objective.scale(), batch)
+
+
+def _teacher_rows(run: _Run, batch: Batch) -> Embeddings:
+    """The teacher's rows: stored ones, or a live teacher's, at its own precision unless it is trained."""
     if run.live is None:
-        return batch
-    rows = run.live.rows(batch)
-    return replace(batch, teacher_images=rows.images, teacher_texts=rows.texts)
+        return Embeddings(batch.teacher_images, batch.teacher_texts)
+    if run.mutual is None:
+        with torch.no_grad():
+            return run.live.rows(batch)
+    with numerics.autocast(run.precision, run.device):
+        return run.live.rows(batch)
 
 
-def _losses(run: _Run, batch: Batch) -> LossTerms:
+def _student_losses(run: _Run, batch: Batch) -> tuple[Embeddings, LossTerms]:
     student, query_side = run.student, run.student.searches is not None
     with numerics.autocast(run.precision, run.device):
         # A tower without rows is not run: not every network takes an empty batch.
@@ -268,7 +303,7 @@ def _losses(run: _Run, batch: Batch) -> LossTerms:
     terms: LossTerms = run.objective(
         own, projected, targets, masked=masked, narrower=narrower, extra=extra, share=share
     )
-    return terms
+    return own, terms
 
 
 def _masked(run: _Run, batch: Batch) -> Tensor:
@@ -298,7 +333,8 @@ def _evaluate(run: _Run, metrics: Metrics) -> None:
             metrics.write({"step": state.step} | values)
             _log.info("step %d: score %.4f", state.step, score)
         if score is None or state.best is None or state.best.score is None or score > state.best.score:
-            state.best = Best(state.step, score, copy_of(state.module, "cpu"))
+            theirs = None if state.teacher is None else copy_of(state.teacher, "cpu")
+            state.best = Best(state.step, score, copy_of(state.module, "cpu"), theirs)
             run.folder.keep_best(run.student, state.best)
     _set_training(run)
 
@@ -316,6 +352,8 @@ def _take_best(run: _Run) -> None:
     run.state.module.eval()
     if best is not None:
         run.state.module.load_state_dict(best.weights)
+        if run.state.teacher is not None and best.teacher is not None:
+            run.state.teacher.load_state_dict(best.teacher)
         if not run.folder.has_best(best):
             run.folder.keep_best(run.student, best)
 
@@ -335,8 +373,15 @@ def _line(run: _Run, outcome: _Outcome, share: float) -> dict[str, Any]:
         "lr_head": share * (train.lr_head or train.lr_image or train.lr),
         "lr_text": share * (train.lr_text or train.lr),
         "grad_norm": outcome.grad_norm,
+        **_teacher_line(run, outcome, share),
         "rejected": len(state.rejected),
     }
+
+
+def _teacher_line(run: _Run, outcome: _Outcome, share: float) -> dict[str, float]:
+    if run.mutual is None:
+        return {}
+    return {"lr_teacher": share * run.mutual.config.lr, "teacher_grad_norm": outcome.teacher_norm}
 
 
 def _skipped(run: _Run, batch: Batch, outcome: _Outcome) -> dict[str, Any]:
@@ -350,6 +395,8 @@ def _skipped(run: _Run, batch: Batch, outcome: _Outcome) -> dict[str, Any]:
     if not (state.scaler.is_enabled() and math.isfinite(outcome.loss) and state.scaler.get_scale() >= 1):
         state.skipped += 1
     what = f"step {state.step}: loss {outcome.loss}, norm of the gradient {outcome.grad_norm}"
+    if run.mutual is not None:
+        what += f", the teacher's {outcome.teacher_loss} and {outcome.teacher_norm}"
     _log.warning("%s: skipped (%d so far, %d allowed)", what, state.skipped, allowed)
     if state.skipped > allowed:
         raise DataError(
@@ -394,11 +441,19 @@ def _set_training(run: _Run) -> None:
     run.state.module.train()
     for norm in run.frozen_norms:
         norm.eval()
+    if run.mutual is not None:
+        run.mutual.set_training()
 
 
-def _statistics(part: nn.Module) -> list[Tensor]:
-    """What a forward pass in training changes: the running statistics of a batch norm."""
-    return list(part.buffers(recurse=False)) if hasattr(part, "running_mean") else []
+def _statistics(module: nn.Module | None) -> list[Tensor]:
+    """What a forward pass in training changes: the running statistics of the batch norms."""
+    norms = [part for part in module.modules() if hasattr(part, "running_mean")] if module is not None else []
+    return [value for norm in norms for value in norm.buffers(recurse=False)]
+
+
+def _put_back(values: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    for value, old in zip(values, before, strict=True):
+        value.copy_(old)
 
 
 def _check(run: _Run) -> None:
@@ -436,18 +491,24 @@ def _new_maker(
 
 
 def _new_state(
-    student: DualEncoder, objective: Objective, extras: Sequence[ExtraLoss], train: TrainConfig, device: torch.device
+    student: DualEncoder,
+    objective: Objective,
+    extras: Sequence[ExtraLoss],
+    train: TrainConfig,
+    device: torch.device,
+    mutual: Mutual | None,
 ) -> TrainingState:
     module = student.to(device).module
     student.set_scale(objective.scale(), objective.bias())  # now, as it may add a bias to the student's tensors
     learned = nn.ModuleList([objective, *(one.learned for one in extras)]) if extras else objective
-    parameters = trained_parameters(module, learned.to(device))
+    parameters = trained_parameters(module, learned.to(device)) | (mutual.parameters() if mutual is not None else {})
     precision = numerics.choose_precision(train.precision, device)
     return TrainingState(
         module=module,
         objective=learned,
-        optimizer=build_optimizer(parameters, train),
+        optimizer=build_optimizer(parameters, train, mutual.config.lr if mutual is not None else None),
         names={value: name for name, value in parameters.items()},
         scaler=numerics.gradient_scaler(precision, device),
         average=Average(module, train.ema) if train.ema else None,
+        teacher=mutual.module if mutual is not None else None,
     )

@@ -13,7 +13,7 @@ from clipdistill.config import TrainConfig
 from clipdistill.core.errors import ConfigError, suggest
 
 _FUSED = ("cpu", "cuda")  # one kernel for all parameters: 6 ms a step instead of 41 for 2.5 million on one CPU core
-Part = Literal["head", "image", "text", "other"]
+Part = Literal["head", "image", "text", "teacher", "other"]
 Named = Mapping[str, nn.Parameter]
 # Tables and tokens that are no matrices of a linear map: pulling them to zero shrinks what they mark.
 _LAST = {("head",), ("proj",), ("trunk", "classifier"), ("trunk", "head"), ("trunk", "fc")}  # below ``visual``
@@ -21,12 +21,13 @@ _UNDECAYED = ("positional_embedding", "pos_embed", "class_embedding", "cls_token
 
 
 @contextmanager
-def frozen(model: nn.Module, prefixes: Sequence[str]) -> Iterator[list[nn.Module]]:
+def frozen(model: nn.Module, prefixes: Sequence[str], key: str = "train.freeze") -> Iterator[list[nn.Module]]:
     """Parameters that are not trained, for a block.
 
     Args:
         model: Whose parameters the names are of.
         prefixes: Beginnings of parameter names.
+        key: Where the configuration names them.
 
     Yields:
         The batch norms among the frozen modules: they must stay in eval mode, so that their statistics stay too.
@@ -36,7 +37,7 @@ def frozen(model: nn.Module, prefixes: Sequence[str]) -> Iterator[list[nn.Module
     """
     names = dict(model.named_parameters())
     faults = [
-        f"train.freeze: no parameter begins with {prefix!r}; {suggest(prefix, _beginnings(names))}"
+        f"{key}: no parameter begins with {prefix!r}; {suggest(prefix, _beginnings(names))}"
         for prefix in prefixes
         if not any(name.startswith(prefix) for name in names)
     ]
@@ -65,17 +66,19 @@ def trained_parameters(module: nn.Module, objective: nn.Module) -> dict[str, nn.
     return {name: value for name, value in every.items() if value.requires_grad}
 
 
-def build_optimizer(parameters: Named, train: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(parameters: Named, train: TrainConfig, teacher_lr: float | None = None) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), in groups of one rate and one decay.
 
     Biases, norms and scales (everything of fewer than two dimensions), position tables and class tokens do not decay.
 
     Args:
-        parameters: What is trained, by the names that :func:`trained_parameters` gives.
+        parameters: What is trained, as :func:`trained_parameters` names it; a teacher's names begin with ``teacher.``.
         train: Rates, decay and betas.
+        teacher_lr: The learning rate of a teacher that is trained too.
     """
     image = train.lr_image or train.lr
     rates = {"head": train.lr_head or image, "image": image, "text": train.lr_text or train.lr, "other": train.lr}
+    rates["teacher"] = teacher_lr or train.lr
     groups: dict[tuple[Part, float], dict[str, Any]] = {}
     for name, value in parameters.items():
         part, decay = part_of(name), train.weight_decay if _decays(name, value) else 0.0
@@ -105,6 +108,8 @@ def align_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def part_of(name: str) -> Part:
     """The tower that a parameter belongs to, by its name; the picture tower's last layer is a part of its own."""
     words = name.split(".")
+    if words[0] == "teacher":
+        return "teacher"
     if words[0] != "student":
         return "other"
     if "visual" in words:

@@ -26,11 +26,13 @@ class Best:
         step: How many steps it had.
         score: What the evaluation gave it; None where none was asked for, and it is simply the last.
         weights: Its parameters and buffers, on the CPU.
+        teacher: Those of the teacher that was trained with it, at the same step; None where it is not trained.
     """
 
     step: int
     score: float | None
     weights: Tensors
+    teacher: Tensors | None = None
 
 
 @final
@@ -81,6 +83,7 @@ class TrainingState:
         names: The name of each parameter that the optimizer trains.
         scaler: fp16's gradient scaler, or one that does nothing.
         average: The moving average, or None.
+        teacher: The teacher's network where it is trained too, or None.
         step: How many steps are done.
         skipped: How many of them were skipped because something was not finite.
         best: The best student so far.
@@ -93,6 +96,7 @@ class TrainingState:
     names: dict[nn.Parameter, str]
     scaler: torch.amp.GradScaler
     average: Average | None = None
+    teacher: nn.Module | None = None
     step: int = 0
     skipped: int = 0
     best: Best | None = None
@@ -110,8 +114,11 @@ class TrainingState:
         values: dict[str, Any] = {"skipped": self.skipped, "rejected": rejected, "scaler": scaler, "best": None}
         if self.average is not None:
             tensors["average"] = self.average.weights
+        if self.teacher is not None:
+            tensors["teacher"] = self.teacher.state_dict()
         if self.best is not None:
             tensors["best"] = self.best.weights
+            tensors |= {} if self.best.teacher is None else {"best_teacher": self.best.teacher}
             values["best"] = {"step": self.best.step, "score": self.best.score}
         return Checkpoint(self.step, tensors, values)
 
@@ -125,19 +132,26 @@ class TrainingState:
         Raises:
             MismatchError: If it is of another student, objective or optimizer.
         """
-        kinds = {"model", "objective", "optimizer"} | ({"average"} if self.average is not None else set())
-        _same(name, "kinds of state", kinds, set(checkpoint.tensors) - {"best"})
+        further = {"average": self.average, "teacher": self.teacher}
+        kinds = {"model", "objective", "optimizer", *(kind for kind, held in further.items() if held is not None)}
+        _same(name, "kinds of state", kinds, set(checkpoint.tensors) - {"best", "best_teacher"})
         _load(self.module, checkpoint.tensors["model"], f"{name} (model)")
         _load(self.objective, checkpoint.tensors["objective"], f"{name} (objective)")
         _load_optimizer(self.optimizer, self.names, checkpoint.tensors["optimizer"], f"{name} (optimizer)")
         if self.average is not None:
             for key, value in checkpoint.tensors["average"].items():
                 self.average.weights[key].copy_(value)
+        if self.teacher is not None:
+            _load(self.teacher, checkpoint.tensors["teacher"], f"{name} (teacher)")
         self.scaler.load_state_dict(checkpoint.values["scaler"])
         self.step, self.skipped = checkpoint.step, int(checkpoint.values["skipped"])
         self.rejected = {values["key"]: Rejection(**values) for values in checkpoint.values["rejected"]}
         best = checkpoint.values["best"]
-        self.best = Best(best["step"], best["score"], dict(checkpoint.tensors["best"])) if best else None
+        self.best = None
+        if best:
+            theirs = checkpoint.tensors.get("best_teacher")
+            weights = dict(checkpoint.tensors["best"])
+            self.best = Best(best["step"], best["score"], weights, None if theirs is None else dict(theirs))
 
 
 def copy_of(module: nn.Module, device: torch.device | str | None = None) -> Tensors:
