@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench bench-seeds bench-presets bench-query-side bench-classes bars clean
+.PHONY: demo test check bench bench-seeds bench-presets bench-query-side bench-classes bench-mutual bars clean
 
 demo: $(VENV)/.demo
 	$(BIN)/clipdistill demo --json
@@ -32,6 +32,9 @@ bench-query-side: $(VENV)/.dev
 
 bench-classes: $(VENV)/.dev
 	$(BIN)/python benchmarks/classification.py
+
+bench-mutual: $(VENV)/.dev
+	$(BIN)/python benchmarks/mutual.py
 
 bars: $(VENV)/.dev
 	$(BIN)/python benchmarks/bars.py

@@ -152,6 +152,8 @@ def _mutual_faults(config: RunConfig) -> Iterator[str]:
         yield f'teacher.precision: train.mode = "mutual" trains the teacher in fp32, not in {found}'
     if config.features.image or config.features.text:
         yield 'features: inner blocks are those of a teacher that stands still; set train.mode = "live" or "cached"'
+    if config.task.kind != "retrieval":
+        yield 'task.kind: class prompts are embedded once, by a teacher that stands still; set train.mode = "live"'
     if not config.train.batch:
         yield 'train.batch: train.mode = "mutual" needs pairs: the teacher learns its own task from them'
 

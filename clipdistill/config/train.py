@@ -18,7 +18,9 @@ class TrainConfig(Section):
     against the teacher's own ranking in all three, in ``mutual`` that of the teacher before it was trained."""
     steps: Positive = 1000
     budget_minutes: Above0 | None = None
-    """A time instead of steps: the steps are chosen by a short measurement before the first one."""
+    """A time instead of steps: as many as fit it, evaluations included, by a short measurement before the first one.
+    ``steps`` is then no bound, but what ``warmup``, ``eval_every`` and ``save_every`` are in proportion to. A resumed
+    run keeps the number that it began with."""
     batch: Count = 64
     """Pairs a step."""
     batch_images: Count = 0

@@ -25,6 +25,7 @@ from clipdistill.towers.classifier import Classifier
 from clipdistill.towers.matryoshka import cut_vectors
 from clipdistill.towers.student import DualEncoder
 from clipdistill.towers.teacher import Teacher
+from clipdistill.training.folder import PLAN
 
 SCHEMA = "clipdistill.run-report/1"
 _log = logging.getLogger("clipdistill")
@@ -125,6 +126,8 @@ def evaluate(
         report["members"] = measure_members(cache, searched, teacher, ks=config.evaluate.ks)
     if student.searches is not None:
         report["saves"] = savings(len(indexed_pairs(workspace, data)), report["sizes"], report["speeds"])
+    if config.train.budget_minutes is not None and (workspace.training / PLAN).exists():
+        report["budget"] = _budget(workspace)
     if config.train.mode == "mutual":
         report["mutual"] = mutual_report(workspace, data, cache, evaluation)
     files.write_json(workspace.report_json, report)
@@ -140,6 +143,17 @@ def _retrieval(
     if not rows:
         return unmeasured(name)
     return evaluate_set(name, rows, student, cache, factory=config.index.factory, ks=config.evaluate.ks)
+
+
+def _budget(workspace: Workspace) -> dict[str, Any]:
+    """What the training was given, what was planned for it, and what it took, in minutes; and the steps."""
+    plan = files.read_json(workspace.training / PLAN)
+    minutes = {name: plan[f"{name}_seconds"] / 60 for name in ("planned", "taken")}
+    return {
+        "budget_minutes": plan["budget_minutes"],
+        "steps": plan["steps"],
+        **{f"{k}_minutes": v for k, v in minutes.items()},
+    }
 
 
 def _counts(data: RunData) -> dict[str, Any]:

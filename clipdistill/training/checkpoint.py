@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,14 @@ class Checkpoint:
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     values: Mapping[str, Any]
+
+    def copy(self) -> Checkpoint:
+        """The same with tensors of its own, which no further step changes."""
+        tensors = {
+            kind: {name: value.detach().clone() for name, value in parts.items()}
+            for kind, parts in self.tensors.items()
+        }
+        return Checkpoint(self.step, tensors, deepcopy(dict(self.values)))
 
 
 def save(folder: Path, checkpoint: Checkpoint, fingerprint: str) -> Path:

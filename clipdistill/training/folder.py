@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +20,11 @@ from clipdistill.core.errors import MismatchError
 from clipdistill.data.records import Rejection
 from clipdistill.training import checkpoint as checkpoints
 from clipdistill.training import metrics as records
+from clipdistill.training.budget import Plan
 from clipdistill.training.state import Best, TrainingState
 
 CHECKPOINTS, BEST, BEST_MANIFEST, REJECTED = "checkpoints", "best", "best.json", "rejected.jsonl"
+PLAN = "plan.json"
 _log = logging.getLogger("clipdistill")
 
 
@@ -48,7 +51,7 @@ class TrainingFolder:
     def clear(self) -> None:
         """Remove everything that a training writes, and nothing else."""
         if self.path is not None:
-            for name in (CHECKPOINTS, BEST, BEST_MANIFEST, REJECTED, records.FILE, records.EVENTS):
+            for name in (CHECKPOINTS, BEST, BEST_MANIFEST, REJECTED, PLAN, records.FILE, records.EVENTS):
                 _remove(self.path / name)
 
     def resume(self, state: TrainingState, steps: int) -> None:
@@ -71,6 +74,35 @@ class TrainingFolder:
             state.restore(found, str(self.path / CHECKPOINTS))
             _log.info("going on after step %d of %d", state.step, steps)
         files.write_text(self.path / REJECTED, _lines(state.rejected.values()))
+
+    def planned(self) -> Plan | None:
+        """The plan that a run with a budget began with; None where there is none yet.
+
+        Raises:
+            MismatchError: If it is of another run.
+        """
+        if self.path is None or not (self.path / PLAN).exists():
+            return None
+        values = files.read_json(self.path / PLAN)
+        found = values.pop("fingerprint", None)
+        if found != self._fingerprint:
+            remedy = "Train in another folder, or from the start with --force."
+            raise MismatchError(str(self.path / PLAN), "fingerprint", self._fingerprint, found, remedy)
+        return Plan(**values)
+
+    def keep_plan(self, plan: Plan) -> None:
+        """Write the plan, whole or not at all."""
+        if self.path is not None:
+            files.write_json(self.path / PLAN, asdict(plan) | {"fingerprint": self._fingerprint})
+
+    def rehearse(self, student: Saved, state: TrainingState) -> None:
+        """Write once, aside, what an evaluation leads to, to see what that takes."""
+        if self.path is None:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=self.path) as aside:
+            student.save(Path(aside) / BEST)
+            checkpoints.save(Path(aside), state.to_checkpoint(), self._fingerprint)
 
     def save(self, state: TrainingState) -> None:
         """Write a checkpoint."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -19,13 +20,14 @@ from torch import Tensor, nn
 
 from clipdistill.config import TrainConfig
 from clipdistill.core.errors import ConfigError, DataError
-from clipdistill.core.progress import progress
+from clipdistill.core.progress import duration, progress
 from clipdistill.losses.objective import Embeddings, ExtraTerm, LossTerms, LossWeights, Objective, Targets
 from clipdistill.towers.matryoshka import cut
 from clipdistill.towers.student import DualEncoder
 from clipdistill.training import numerics
 from clipdistill.training.batch import Batch, RowFacts
 from clipdistill.training.batches import KEPT_BYTES, BatchMaker, TeacherRows, TrainingData
+from clipdistill.training.budget import CALIBRATION_STEPS, Cost, Plan, in_words, measure, plan_steps
 from clipdistill.training.folder import TrainingFolder
 from clipdistill.training.live import LiveRows
 from clipdistill.training.masking import mask_patches, statistics_at_rest
@@ -94,6 +96,7 @@ class _Run:
     statistics: list[Tensor]
     device: torch.device
     precision: numerics.Precision
+    plan: Plan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,8 @@ def distill(
         seed: Decides batches, captions, views and dropout.
         folder: Where checkpoints, metrics and the best student are written; None writes nothing.
         on_eval: Called with the student and the number of steps done, every ``train.eval_every`` steps and at the end;
-            gives ``score`` (higher is better) and any other numbers to record.
+            gives ``score`` (higher is better) and any other numbers to record. With ``train.budget_minutes`` it is also
+            called once with step 0, to see how long it takes.
         resume: Go on from the folder's newest checkpoint; otherwise what an earlier training left there is removed.
         fingerprint: Of everything that decides the run; a checkpoint with another one is refused.
         on_log: Called with each line of the metrics.
@@ -154,7 +158,7 @@ def distill(
         teacher that was trained has its weights of the same step then.
 
     Raises:
-        ConfigError: If the settings do not fit the data, the student or the device.
+        ConfigError: If the settings do not fit the data, the student or the device, or the budget is too small.
         DataError: If too many pictures cannot be read, or too many steps have no finite loss or gradient.
         MismatchError: If a checkpoint is of another run, or a picture not the one that the cache was made from.
     """
@@ -188,16 +192,48 @@ def distill(
         _check(run)
         if not resume:
             run.folder.clear()
-        run.folder.resume(state, train.steps)
-        if state.step < train.steps:
+        run = _planned(run)
+        run.folder.resume(state, run.train.steps)
+        if state.step < run.train.steps:
             with Metrics(folder, state.step, on_log) as metrics:
                 _train(run, metrics)
         _take_best(run)
     return student
 
 
+def _planned(run: _Run) -> _Run:
+    """The run with as many steps as fit its time, as it was planned once or is by a measurement now."""
+    if run.train.budget_minutes is None:
+        return run
+    plan = run.folder.planned()
+    if plan is None:
+        plan = plan_steps(run.train, _cost(run))
+        run.folder.keep_plan(plan)
+    _log.info("%s", in_words(plan))
+    return replace(run, train=plan.settings(run.train), plan=plan)
+
+
+def _cost(run: _Run) -> Cost:
+    """Time a few first steps and an evaluation; the state is the same, bit for bit, afterwards."""
+    state, before = run.state, run.state.to_checkpoint().copy()
+
+    def evaluate() -> None:
+        state.module.eval()
+        if run.on_eval is not None:
+            run.on_eval(run.student, 0)
+        run.folder.rehearse(run.student, state)
+
+    _set_training(run)
+    set_rates(state.optimizer, rate(0, run.train.steps, run.train.warmup, run.train.final_lr))
+    batches = run.maker.batches(0, CALIBRATION_STEPS, run.train.workers)
+    try:
+        return measure(batches, lambda batch: _step(run, batch), evaluate, 60 * (run.train.budget_minutes or 0.0))
+    finally:
+        state.restore(before, "the state before the measurement")
+
+
 def _train(run: _Run, metrics: Metrics) -> None:
-    train, state, clock = run.train, run.state, Clock()
+    train, state, clock, began = run.train, run.state, Clock(), time.monotonic()
     _set_training(run)
     batches = run.maker.batches(state.step, train.steps, train.workers)
     with progress("training", train.steps - state.step, "steps") as advance:
@@ -219,7 +255,18 @@ def _train(run: _Run, metrics: Metrics) -> None:
             if evaluated or state.step % train.save_every == 0:
                 metrics.sync()
                 run.folder.save(state)
+                _note_time(run, time.monotonic() - began)
             advance(1)
+
+
+def _note_time(run: _Run, seconds: float) -> None:
+    """Add this process's time to the plan's, and say at the end how far it was met."""
+    if run.plan is None:
+        return
+    plan = replace(run.plan, taken_seconds=run.plan.taken_seconds + seconds)
+    run.folder.keep_plan(plan)
+    if run.state.step == plan.steps:
+        _log.info("planned: %s, taken: %s", duration(plan.planned_seconds), duration(plan.taken_seconds))
 
 
 def _step(run: _Run, batch: Batch) -> _Outcome:
