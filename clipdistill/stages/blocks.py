@@ -184,7 +184,8 @@ def _plan(config: RunConfig, data: RunData, teacher: Teacher, cache: str) -> Blo
     image, text = (tuple(_taps(config, teacher)[side].names) if _wanted(config, side) else () for side in SIDES)
     words = dict.fromkeys([*(caption for pair in train for caption in pair.captions), *data.texts])
     pictures, texts = tuple(_pictures(data)) if image else (), tuple(words) if text else ()
-    return BlockPlan(cache, image, text, cells_of(config.features), pictures, texts)
+    cells = cells_of(config.features)
+    return BlockPlan(cache, image if pictures else (), text if texts else (), cells, pictures, texts)
 
 
 def _pictures(data: RunData) -> dict[str, Pair]:

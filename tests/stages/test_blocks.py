@@ -166,3 +166,18 @@ def test_a_text_tower_alone_has_blocks_of_texts(path):
     told = metrics(workspace)
     assert told[-1]["blocks_text"] < told[0]["blocks_text"]
     assert "blocks_image" not in told[0]
+
+
+def test_unpaired_rows_have_blocks_and_a_kind_that_is_not_there_has_none(path):
+    text = (
+        path.read_text()
+        .replace('train = "train"', 'images = "train"')
+        .replace("batch = 8\nwarmup", "batch = 0\nwarmup")
+    )
+    path.write_text(text)
+    workspace = opened(path, 'loss.preset="fd"', "train.batch_images=8", 'student.text_init="random"')
+    run(workspace, until="train")
+    told = metrics(workspace)
+    assert all("blocks_image" in line and "blocks_text" not in line for line in told)
+    (folder,) = (workspace.cache / "blocks").glob("*-*")
+    assert json.loads((folder / "manifest.json").read_text())["text"] == []
