@@ -150,8 +150,6 @@ def _mutual_faults(config: RunConfig) -> Iterator[str]:
     if config.teacher.precision != "fp32":
         found = config.teacher.precision
         yield f'teacher.precision: train.mode = "mutual" trains the teacher in fp32, not in {found}'
-    if config.features.image or config.features.text:
-        yield 'features: inner blocks are those of a teacher that stands still; set train.mode = "live" or "cached"'
     if config.task.kind != "retrieval":
         yield 'task.kind: class prompts are embedded once, by a teacher that stands still; set train.mode = "live"'
     if not config.train.batch:
@@ -187,8 +185,6 @@ def _ensemble_faults(config: RunConfig) -> Iterator[str]:
         return
     if config.student.image == "teacher":
         yield 'student.image: "teacher" keeps one teacher\'s picture tower, and teacher.members names several'
-    if config.features.image or config.features.text:
-        yield "features: blocks are distilled from one teacher, and teacher.members names several"
 
 
 def _query_side_faults(config: RunConfig) -> Iterator[str]:

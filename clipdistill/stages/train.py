@@ -184,12 +184,12 @@ def train(
     if force:
         _restart(workspace)
     student = new_student(config, data, cache, first_teacher(teachers))
-    blocks = distilled_blocks(workspace, data, cache, student, first_teacher(teachers))
+    # What is trained is a copy: the teacher as it was stays the reference, and is asked for its speed later.
+    running = [one and one.copy() for one in teachers] if config.train.mode == "mutual" else teachers
+    blocks = distilled_blocks(workspace, data, cache, student, first_teacher(running))
     task = class_task(config, data, cache)
     objective = new_objective(config.loss, student, cache, further=task is not None)
     objective.check(has_pairs=config.train.batch > 0)
-    # What is trained is a copy: the teacher as it was stays the reference, and is asked for its speed later.
-    running = [one and one.copy() for one in teachers] if config.train.mode == "mutual" else teachers
     student = distill(
         student,
         cache,

@@ -157,6 +157,18 @@ def test_blocks_go_with_a_live_teacher_masked_pictures_and_parts(path):
     assert not (workspace.cache / "blocks").exists()
 
 
+def test_blocks_of_a_teacher_that_is_trained_too(path):
+    """They are those of the copy that is trained, not of the teacher as it was."""
+    workspace = opened(path, 'train.mode="mutual"', "train.accumulation=2", "mutual.lr=0.01")
+    run(workspace, until="train")
+    still = opened(path, 'train.mode="live"', "train.accumulation=2", out="still")
+    run(still, until="train")
+    moved, kept = metrics(workspace), metrics(still)
+    assert moved[0]["blocks_text"] == pytest.approx(kept[0]["blocks_text"], rel=1e-4)
+    assert moved[-1]["blocks_text"] != pytest.approx(kept[-1]["blocks_text"], rel=1e-3)
+    assert all("teacher_kl" in line for line in moved)
+
+
 def test_a_text_tower_alone_has_blocks_of_texts(path):
     text = path.read_text().replace(FEATURES, "[features]\ntext = [{student = 1.0, teacher = 1.0}]\n")
     picture_tower = 'image = "mobilenetv4_conv_small_050"\nimage_size = 32\nimage_init = "random"'
