@@ -92,7 +92,7 @@ def render(
     choices = {name: choose(strips_of(retrieval, name), strips) for name in sets}
     shown = thumbnails(_shown_keys(choices.values()), pictures)
     page = (
-        _environment()
+        environment()
         .get_template(_TEMPLATE)
         .render(
             report=report,
@@ -118,20 +118,26 @@ def render(
             protocol=retrieval.protocol,
         )
     )
+    return only_allowed(page)
+
+
+def only_allowed(page: str) -> str:
+    """A page with a placeholder for each character that no HTML may hold; a caption may have any."""
     return page.encode("utf-8", "replace").decode("utf-8").translate(_FORBIDDEN)
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates' environment: every value is escaped, and one that is missing is a fault."""
+    made = Environment(
         loader=PackageLoader("clipdistill.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(decimal=tables.decimal, share=tables.share, count=tables.count, shorten=_shorten)
-    environment.filters.update(inline=_inline, heading=tables.heading)
-    return environment
+    made.filters.update(decimal=tables.decimal, share=tables.share, count=tables.count, shorten=_shorten)
+    made.filters.update(inline=_inline, heading=tables.heading)
+    return made
 
 
 def _inline(drawing: Drawing) -> Markup:

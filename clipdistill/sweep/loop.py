@@ -13,11 +13,12 @@ from clipdistill.config import RunConfig, known_sets
 from clipdistill.core import files
 from clipdistill.core.errors import ConfigError
 from clipdistill.core.locks import locked
+from clipdistill.report.sweep import write_sweep_report
 from clipdistill.sweep.axes import check_values, label, read_axes
-from clipdistill.sweep.outcome import COMPLETE, FAILED, PRUNED
+from clipdistill.sweep.outcome import COMPLETE, FAILED, PRUNED, read_outcomes
 from clipdistill.sweep.results import sweep_results
 from clipdistill.sweep.study import Study
-from clipdistill.sweep.trial import Sweep, clear_finished, do_trial
+from clipdistill.sweep.trial import Sweep, clear_finished, do_trial, objective_key
 
 _log = logging.getLogger("clipdistill")
 _LOOK_AGAIN = 1.0
@@ -36,7 +37,8 @@ def run_sweep(config: RunConfig, out: Path, base: Path) -> dict[str, Any]:
         base: Where relative paths among the axes' values start: the configuration file's folder.
 
     Returns:
-        The results as plain values, schema ``clipdistill.sweep/1``, as written to ``sweep.json``.
+        The results as plain values, schema ``clipdistill.sweep/1``, as written to ``sweep.json``, which
+        ``sweep.html`` is made from.
 
     Raises:
         ConfigError: If an axis or one of its values is refused, or there is no validation set to compare trials on.
@@ -51,8 +53,9 @@ def run_sweep(config: RunConfig, out: Path, base: Path) -> dict[str, Any]:
     sweep = Sweep(config, axes, out, base, Study(config, axes, out, base))
     _work(sweep)
     with locked(out / "sweep.lock"):
-        results = sweep_results(sweep)
+        results = sweep_results(config, axes, objective_key(axes), read_outcomes(out))
         files.write_json(out / "sweep.json", results)
+        write_sweep_report(out / "sweep.html", results)
     return results
 
 
@@ -91,3 +94,5 @@ def sweep_lines(results: Mapping[str, Any]) -> Iterator[str]:
     for trial in trials:
         if trial["state"] == FAILED:
             yield f"  failed  trial {trial['number']}: {trial['reason'].splitlines()[0]}"
+    yield "found:"
+    yield from (f"  {finding['text']}" for finding in results["findings"])
