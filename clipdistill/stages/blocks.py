@@ -26,7 +26,7 @@ from clipdistill.towers.tap import Tap
 from clipdistill.towers.teacher import Teacher
 from clipdistill.training.batch import RowFacts
 from clipdistill.training.blocks import SIDES, BlockLoss, BlockPair, LiveCells, StoredCells
-from clipdistill.training.loop import ExtraLoss
+from clipdistill.training.run import ExtraLoss
 
 Who = Literal["student", "teacher"]
 Widths = Mapping[Side, Mapping[str, int]]

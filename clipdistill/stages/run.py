@@ -14,7 +14,7 @@ from clipdistill.stages.inputs import RunData, load_data, open_cache
 from clipdistill.stages.teachers import first_teacher, open_teachers, whole_teacher
 from clipdistill.stages.train import check_losses, train
 from clipdistill.stages.workspace import Workspace, read_metrics
-from clipdistill.training.loop import OnLog
+from clipdistill.training.run import OnLog
 
 STAGES = ("cache", "train", "index", "evaluate", "report")
 

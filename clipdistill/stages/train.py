@@ -37,7 +37,8 @@ from clipdistill.towers.teacher import Teacher
 from clipdistill.towers.teacher_folder import save_teacher
 from clipdistill.training.batches import TrainingData
 from clipdistill.training.live import Live, LiveEnsemble, LiveRows
-from clipdistill.training.loop import OnLog, distill
+from clipdistill.training.loop import distill
+from clipdistill.training.run import OnLog
 
 _log = logging.getLogger("clipdistill")
 _TOP = 10

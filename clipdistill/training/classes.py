@@ -75,7 +75,7 @@ class ClassScale(nn.Module):
 
 @final
 class ClassLoss:
-    """The terms ``class_distil`` and ``class_labels``: an :class:`~clipdistill.training.loop.ExtraLoss`.
+    """The terms ``class_distil`` and ``class_labels``: an :class:`~clipdistill.training.run.ExtraLoss`.
 
     The student's pictures are compared with the teacher's class vectors in the teacher's space, so that no prompt goes
     through the student's text tower.

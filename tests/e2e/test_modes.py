@@ -21,7 +21,7 @@ def test_a_live_run_with_a_budget_then_search(tmp_path):
     assert report["budget"]["taken_minutes"] > 0
     assert report["budget"]["planned_minutes"] <= report["budget"]["budget_minutes"] == 0.25
     assert "minutes taken" in (tmp_path / "runs/small/report.html").read_text()
-    hits = last_json(call("search", "run.toml", *live, "a red bicycle", "-k", "2", "--json", cwd=tmp_path))
+    hits = last_json(call("search", "run.toml", "a red bicycle", *live, "-k", "2", "--json", cwd=tmp_path))
     assert len(hits) == 2
     little = call("train", "run.toml", "train.budget_minutes=0.0001", "--out", "other", cwd=tmp_path)
     assert little.returncode == 2

@@ -16,6 +16,7 @@ from clipdistill.core import fingerprint
 from clipdistill.core.errors import ConfigError, DataError
 from clipdistill.data.records import Pair, Picture
 from clipdistill.training import loop
+from clipdistill.training import step as steps
 from clipdistill.training.batches import TrainingData
 from clipdistill.training.loop import distill
 
@@ -237,7 +238,7 @@ def test_the_average_is_what_is_evaluated_and_kept():
     own, seen = [], []
     student = little.student()
     shadow = {name: value.clone() for name, value in student.module.state_dict().items()}
-    original = loop._step
+    original = loop.take_step
 
     def step(run, batch):
         outcome = original(run, batch)
@@ -255,7 +256,7 @@ def test_the_average_is_what_is_evaluated_and_kept():
         return {"score": float(step)}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_step", step)
+        patch.setattr(loop, "take_step", step)
         run(student, ema=0.8, on_eval=on_eval)
     assert seen == [3, 6, 8]
     final = student.module.state_dict()
@@ -265,7 +266,7 @@ def test_the_average_is_what_is_evaluated_and_kept():
 
 def test_the_student_is_evaluated_in_eval_mode_and_trained_in_training_mode():
     modes = []
-    original = loop._losses
+    original = steps._losses
 
     def on_eval(student, step):
         modes.append(student.module.training)
@@ -273,7 +274,7 @@ def test_the_student_is_evaluated_in_eval_mode_and_trained_in_training_mode():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            loop, "_losses", lambda run, batch: modes.append(run.state.module.training) or original(run, batch)
+            steps, "_losses", lambda run, batch: modes.append(run.state.module.training) or original(run, batch)
         )
         student = run(steps=4, eval_every=2, on_eval=on_eval)
     assert modes == [True, True, False, True, True, False]
@@ -337,7 +338,7 @@ def poisoned(student, *, on_log=None, folder=None, **train):
 
 def test_a_step_that_is_not_finite_is_skipped_and_leaves_no_trace(caplog):
     lines, states = [], []
-    original = loop._step
+    original = loop.take_step
 
     def step(run, batch):
         before = weights(run.student)
@@ -348,7 +349,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_leaves_no_trace(caplog):
         return outcome
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "clipdistill"):
-        patch.setattr(loop, "_step", step)
+        patch.setattr(loop, "take_step", step)
         poisoned(little.student(), on_log=lines.append)
     assert sorted(set(states)) == [(False, True, True), (True, False, False)]
     skipped = [line for line in lines if "skipped" in line]
