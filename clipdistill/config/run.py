@@ -55,6 +55,7 @@ class RunConfig(Section):
             feature_faults,
             _set_faults,
             _width_faults,
+            _inherit_faults,
             _ensemble_faults,
             _query_side_faults,
             _task_faults,
@@ -162,6 +163,31 @@ def _width_faults(config: RunConfig) -> Iterator[str]:
         yield f"student.dims: must fall from the full width on, got {list(dims)}"
     if dims and dim is not None and dim != dims[0]:
         yield f"student.dims: begins with {dims[0]}, but student.dim is {dim}: leave student.dim out, or begin with it"
+
+
+def _inherit_faults(config: RunConfig) -> Iterator[str]:
+    student, rule, schedule = config.student, config.student.inherit, config.student.inherit.schedule
+    inherited = [side for side in ("image", "text") if getattr(student, side) == "inherit"]
+    if inherited and config.teacher.model is None:
+        yield (
+            f'student.{inherited[0]}: "inherit" cuts the tower out of one live model, and the teacher is an ensemble '
+            "or embeddings alone; give teacher.model, or name a tower"
+        )
+    if student.image == "inherit" and student.image_init == "random":
+        yield 'student.image_init: "random", but student.image = "inherit" takes the teacher\'s weights'
+    if student.image == "inherit" and student.image_weights is not None:
+        yield 'student.image_weights: given, but student.image = "inherit" takes the teacher\'s weights; leave it out'
+    if student.text == "inherit" and student.text_init != "inherit":
+        yield f'student.text_init: "{student.text_init}", but student.text = "inherit" takes the teacher\'s weights'
+    if schedule and not inherited:
+        yield 'student.inherit.schedule: no tower is inherited; set student.image or student.text to "inherit"'
+    if any(later >= earlier for earlier, later in pairwise(schedule)):
+        yield f"student.inherit.schedule: must be falling shares such as [0.5, 0.25], got {list(schedule)}"
+    for key in ("heads", "mlp"):
+        if schedule and getattr(rule, key) is not None:
+            yield f"student.inherit.{key}: a schedule's shares hold for depth, width, heads and MLP alike; leave it out"
+    if schedule and config.train.steps < len(schedule):
+        yield f"train.steps: {config.train.steps} cannot be divided among {len(schedule)} shares of the schedule"
 
 
 def _set_faults(config: RunConfig) -> Iterator[str]:

@@ -28,9 +28,11 @@ class InheritConfig(Section):
     """How a part's importance is measured on the calibration rows."""
     calibration: Positive = 256
     """How many pictures and texts of ``data.train`` measure it."""
+    refit: bool = True
+    """Whether the layers that are left are fitted to the teacher's activations on those rows, by least squares."""
     schedule: tuple[Ratio, ...] = ()
-    """Progressive inheritance: the shares of width and depth that are passed through, falling, such as [0.5, 0.25];
-    the steps of training are divided evenly among them. Empty = at once."""
+    """Progressive inheritance: the shares that are passed through, falling, such as [0.5, 0.25]; they take the place
+    of ``depth`` and ``width``, and the steps of training are divided evenly among them. Empty = at once."""
 
 
 class StudentConfig(Section):

@@ -22,6 +22,7 @@ from clipdistill.retrieval.exact import exact_top_k
 from clipdistill.retrieval.measures import overlap_at_k
 from clipdistill.stages.blocks import distilled_blocks
 from clipdistill.stages.classify import check_trained, class_task, class_validation, save_classifier
+from clipdistill.stages.inherit import calibration, inherits
 from clipdistill.stages.inputs import RunData
 from clipdistill.stages.mutual import mutual_inputs, new_mutual
 from clipdistill.stages.query import combine, new_query_student, query_scores
@@ -89,9 +90,11 @@ def teacher_scale(cache: AnyCache) -> TeacherScale:
 
 def new_student(config: RunConfig, data: RunData, cache: AnyCache, teacher: Teacher | None) -> DualEncoder:
     """Build the untrained student of a configuration."""
-    student = config.student
+    student, rows = config.student, None
     if student.image == TEACHER:
         return new_query_student(config, cache, teacher, vocabulary_texts(data))
+    if teacher is not None and inherits(config):
+        rows = calibration(config, data, teacher.transform, teacher.tokenizer)
     dim = student.dim or (student.dims[0] if student.dims else cache.widest)
     return build_student(
         image=student.image,
@@ -108,8 +111,10 @@ def new_student(config: RunConfig, data: RunData, cache: AnyCache, teacher: Teac
         teacher=teacher,
         seed=config.seed,
         dims=student.dims,
-        axes=_axes(data, cache, dim) if len(student.dims) > 1 else None,
+        axes=_axes(data, cache, dim) if len(student.dims) > 1 or (inherits(config) and dim != cache.dim) else None,
         max_pixels=config.data.max_pixels,
+        inherit=student.inherit,
+        calibration=rows,
     )
 
 

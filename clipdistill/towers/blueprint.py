@@ -16,6 +16,9 @@ Json = dict[str, Any]
 TEACHER = "teacher"
 """What ``student.image`` says where pictures stay the teacher's: no tower of this name is built."""
 
+INHERIT = "inherit"
+"""The name of a tower that is cut out of the teacher's."""
+
 _PRESETS = Path(__file__).parent / "presets"
 _TEXT_KEYS = (
     "context_length",
@@ -165,23 +168,24 @@ def timm_defaults(name: str) -> Json:
 
 
 def _image_fault(name: str) -> str | None:
-    if name in presets():
+    if name in presets() or name == INHERIT:
         return None
     import open_clip
 
     if name in open_clip.list_models() or name.removeprefix("timm/") in _timm_names():
         return None
-    known = [*presets(), TEACHER, *open_clip.list_models(), *_timm_names()]
+    known = [INHERIT, TEACHER, *presets(), *open_clip.list_models(), *_timm_names()]
     return f"student.image: unknown picture tower {name!r}; {suggest(name, known)}"
 
 
 def _text_fault(name: str) -> str | None:
-    if name in presets():
+    if name in presets() or name == INHERIT:
         return None
     import open_clip
 
     if name not in open_clip.list_models():
-        known = [*presets(), *(model for model in open_clip.list_models() if not _text_cfg(model).get("hf_model_name"))]
+        native = (model for model in open_clip.list_models() if not _text_cfg(model).get("hf_model_name"))
+        known = [INHERIT, *presets(), *native]
         return f"student.text: unknown text tower {name!r}; {suggest(name, known)}"
     if _text_cfg(name).get("hf_model_name"):
         return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -13,11 +13,22 @@ from open_clip.transformer import QuickGELU
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from clipdistill.config import InheritConfig
 from clipdistill.core.errors import ConfigError
 from clipdistill.towers import weights
-from clipdistill.towers.blueprint import ImageTower, TextTower, image_tower, student_faults, text_tower, timm_defaults
+from clipdistill.towers.blueprint import (
+    INHERIT,
+    ImageTower,
+    TextTower,
+    image_tower,
+    student_faults,
+    text_tower,
+    timm_defaults,
+)
 from clipdistill.towers.encoder import SearchedTeacher
 from clipdistill.towers.inherit import teacher_token_table, token_table
+from clipdistill.towers.inheritance.plan import Calibration, Cut, plan_cut, source_ids
+from clipdistill.towers.inheritance.tower import Side
 from clipdistill.towers.preprocess import Preprocess
 from clipdistill.towers.student import MAX_PIXELS, DualEncoder, assemble, projected_sides, projections, seeded
 from clipdistill.towers.tokenizer import StudentTokenizer, default_backend, teacher_backend
@@ -26,6 +37,7 @@ from clipdistill.towers.vocabulary import prune
 __all__ = ["build_query_student", "build_student", "student_faults"]
 
 _FIRST_SCALE = 1 / 0.07  # CLIP's own
+_CUT = "cut"  # where the weights of an inherited tower come from
 _TOKENIZER = "clipdistill-student"  # any name will do: open_clip reads a folder's own tokenizer when there is one
 
 
@@ -56,12 +68,15 @@ def build_student(
     dims: Sequence[int] = (),
     axes: Tensor | None = None,
     max_pixels: int = MAX_PIXELS,
+    inherit: InheritConfig | None = None,
+    calibration: Calibration | None = None,
 ) -> DualEncoder:
     """Build an untrained student, a function of its arguments alone.
 
     Args:
-        image: The picture tower: a preset (nano, tiny, small), an open_clip configuration or a timm model.
-        text: The text tower: a preset or an open_clip configuration.
+        image: The picture tower: a preset (nano, tiny, small), an open_clip configuration or a timm model; ``inherit``
+            cuts the teacher's.
+        text: The text tower: a preset or an open_clip configuration; ``inherit`` cuts the teacher's.
         dim: The width of its embeddings.
         teacher_dim: The width of the teacher's; where they differ the student has a projection.
         image_init: Where the picture tower's weights come from.
@@ -80,6 +95,8 @@ def build_student(
         dims: The widths that its embeddings can be cut to, the first ``dim``; with several it always has a projection.
         axes: Where the projection begins [teacher_dim, up to dim]; None draws a rotation.
         max_pixels: Pictures that claim more are refused.
+        inherit: How an ``inherit`` tower is cut; None keeps the defaults.
+        calibration: The rows that importance is measured on, for ``inherit``; None where nothing is to be measured.
 
     Returns:
         The student in eval mode, on the CPU.
@@ -91,8 +108,11 @@ def build_student(
     faults = list(student_faults(image, text))
     if faults:
         raise ConfigError(faults)
-    picture, words = image_tower(image, dim, image_size), text_tower(text)
-    plan = _Plan(picture, words, image_init, text_init, pretrained, image_weights, teacher)
+    cuts = _cuts(image, text, teacher, inherit or InheritConfig(), calibration, seed)
+    picture = cuts["image"].image_tower(image_size) if "image" in cuts else image_tower(image, dim, image_size)
+    words = cuts["text"].text_tower() if "text" in cuts else text_tower(text)
+    first, second = (_CUT if "image" in cuts else image_init), (_CUT if "text" in cuts else text_init)
+    plan = _Plan(picture, words, first, second, pretrained, image_weights, teacher, cuts)
     faults = list(_choice_faults(plan))
     if faults:
         raise ConfigError(faults)
@@ -100,10 +120,13 @@ def build_student(
     tokenizer = StudentTokenizer(vocabulary.backend, words.text_cfg["context_length"])
     model_cfg = {**_text_model_cfg(plan, tokenizer, dim, logit_scale, logit_bias), "vision_cfg": picture.vision_cfg}
     model: Any = _assembled(model_cfg, picture, seed)
-    if image_init == "pretrained":
-        weights.fill_image(model.visual, picture, image_weights, pretrained)
-    _fill_text(model.text, plan, vocabulary.teacher_ids, seed)
     maps = None if dim == teacher_dim and len(dims) < 2 else projections(dim, teacher_dim, seed, axes)
+    rotation = _rotation(plan, maps)
+    if "image" in cuts:
+        cuts["image"].fill(model.visual, (), rotation, seed)
+    elif image_init == "pretrained":
+        weights.fill_image(model.visual, picture, image_weights, pretrained)
+    _fill_text(model.text, plan, vocabulary.teacher_ids, rotation, seed)
     student = DualEncoder(
         model, model_cfg, tokenizer, _preprocess(plan, picture), projection=maps, dims=dims, max_pixels=max_pixels
     )
@@ -149,7 +172,9 @@ def build_query_student(
     Raises:
         ConfigError: As :func:`build_student`.
     """
-    plan = _Plan(None, text_tower(text), "", text_init, pretrained, None, teacher)
+    if text == INHERIT:
+        raise ConfigError('student.text: "inherit" needs a student with both towers; name a text tower')
+    plan = _Plan(None, text_tower(text), "", text_init, pretrained, None, teacher, {})
     faults = list(_choice_faults(plan))
     if faults:
         raise ConfigError(faults)
@@ -157,7 +182,7 @@ def build_query_student(
     tokenizer = StudentTokenizer(vocabulary.backend, plan.text.text_cfg["context_length"])
     model_cfg = _text_model_cfg(plan, tokenizer, dim, logit_scale, logit_bias)
     model: Any = assemble(model_cfg, seed)
-    _fill_text(model.text, plan, vocabulary.teacher_ids, seed)
+    _fill_text(model.text, plan, vocabulary.teacher_ids, None, seed)
     maps = None if dim == teacher_dim else projections(dim, teacher_dim, seed, sides=projected_sides(searches))
     student = DualEncoder(model, model_cfg, tokenizer, None, projection=maps, searches=searches)
     student.module.eval()
@@ -175,6 +200,64 @@ class _Plan:
     pretrained: str | None
     image_weights: Path | None
     teacher: TeacherParts | None
+    cuts: Mapping[str, Cut]
+
+
+def _cuts(
+    image: str,
+    text: str,
+    teacher: TeacherParts | None,
+    rule: InheritConfig,
+    calibration: Calibration | None,
+    seed: int,
+) -> dict[str, Cut]:
+    """How the towers that are the teacher's own are cut, by side.
+
+    Raises:
+        ConfigError: If there is no teacher to cut, or it cannot be cut.
+    """
+    named: list[tuple[Side, str]] = [("image", image), ("text", text)]
+    sides = [side for side, name in named if name == INHERIT]
+    if sides and teacher is None:
+        raise ConfigError(
+            f'student.{sides[0]}: "inherit" cuts the tower out of one live teacher (teacher.model), and there is none '
+            "here; name a tower instead"
+        )
+    rows = calibration or Calibration(torch.zeros(0, 3, 1, 1), torch.zeros(0, 1, dtype=torch.long))
+    model = None if teacher is None else teacher.model
+    found: dict[str, Cut] = {}
+    for side in sides:
+        inherited = inherited_image if side == "image" else inherited_text
+        found[side] = inherited(model, rule, rows, seed)
+    return found
+
+
+def inherited_image(model: Any, rule: InheritConfig, rows: Calibration, seed: int) -> Cut:
+    """How a teacher's picture tower is cut, by its kind.
+
+    Raises:
+        ConfigError: If there is no way for its kind, or the shares do not go together.
+    """
+    return plan_cut(model, "image", rule, rows, seed=seed)
+
+
+def inherited_text(model: Any, rule: InheritConfig, rows: Calibration, seed: int) -> Cut:
+    """How a teacher's text tower is cut.
+
+    Raises:
+        ConfigError: If there is no way for its kind, or the shares do not go together.
+    """
+    return plan_cut(model, "text", rule, rows, seed=seed)
+
+
+def _rotation(plan: _Plan, maps: nn.ModuleDict | None) -> Tensor | None:
+    """What maps the teacher's embeddings to the student's space [teacher's dim, dim], where that is another one.
+
+    It is the transpose of the student's own map back, so that what was inherited is mapped to where it came from.
+    """
+    if maps is None or not plan.cuts:
+        return None
+    return maps.get_parameter("image.weight").detach().clone()
 
 
 def _choice_faults(plan: _Plan) -> Iterator[str]:
@@ -217,14 +300,14 @@ def _picture_faults(plan: _Plan, image: ImageTower) -> Iterator[str]:
         )
     if len(set(_quick_gelu(plan))) == 2:
         yield (
-            f"student.text: the pretrained towers of {image.name} and {text.name} differ in QuickGELU, which open_clip "
+            f"student.text: the towers of {image.name} and {text.name} differ in QuickGELU, which open_clip "
             "sets for both at once; take both from one configuration"
         )
 
 
 def _quick_gelu(plan: _Plan) -> list[bool]:
     """Which activation each pretrained tower asks for that minds; else the one of the picture tower's configuration."""
-    image, text, wanted = plan.image, plan.text, []
+    image, text, wanted = plan.image, plan.text, [cut.source.quick_gelu for cut in plan.cuts.values()]
     if image is not None and image.quick_gelu is not None and plan.image_init == "pretrained":
         wanted.append(image.quick_gelu or weights.needs_quick_gelu(image.name, plan.pretrained))
     if plan.text_init == "pretrained":
@@ -305,8 +388,11 @@ def _enliven(visual: Any, seed: int) -> None:
             nn.init.normal_(last.weight, std=last.in_features**-0.5)
 
 
-def _fill_text(text: Any, plan: _Plan, teacher_ids: list[int | None], seed: int) -> None:
-    if plan.text_init == "pretrained":
+def _fill_text(text: Any, plan: _Plan, teacher_ids: list[int | None], rotation: Tensor | None, seed: int) -> None:
+    if "text" in plan.cuts and plan.teacher is not None:
+        cut = plan.cuts["text"]
+        cut.fill(text, source_ids(cut, plan.teacher.tokenizer, teacher_ids), rotation, seed)
+    elif plan.text_init == "pretrained":
         source = weights.open_clip_model(plan.text.name, plan.pretrained or "", "student.text")
         weights.fill_text(text, source, teacher_ids)
     elif plan.text_init == "inherit" and plan.teacher is not None:
@@ -321,6 +407,9 @@ def _preprocess(plan: _Plan, image: ImageTower) -> Preprocess:
     """The tower's own mean, deviation and filter; open_clip's defaults where it has none."""
     import open_clip
 
+    if "image" in plan.cuts and plan.teacher is not None:
+        own = open_clip.get_model_preprocess_cfg(plan.teacher.model)
+        return Preprocess.from_open_clip({**own, "size": image.size})
     known: dict[str, Any] = {}
     if image.open_clip_name is not None and plan.image_init == "pretrained" and plan.pretrained is not None:
         known = open_clip.get_pretrained_cfg(image.open_clip_name, plan.pretrained) or {}
