@@ -25,9 +25,14 @@ from clipdistill.report.sweep_figures import (
 SCHEMA = "clipdistill.sweep/1"
 _TEMPLATE = "sweep.html.j2"
 _ORDER = ("complete", "pruned", "failed")
-OBJECTIVES: Mapping[str, str] = {
-    "score": "overlap@10 with the teacher's own ranking on the validation set, the mean of both directions",
-    "success10_text_to_image": "success@10 of the validation set's text queries, as the trials have different teachers",
+OBJECTIVES: Mapping[tuple[str, str], str] = {
+    (
+        "retrieval",
+        "score",
+    ): "overlap@10 with the teacher's own ranking on the validation set, the mean of both directions",
+    ("retrieval", "success10_text_to_image"): "success@10 of the validation set's text queries, as the teachers differ",
+    ("classification", "score"): "agreement with the teacher's classes on the validation set",
+    ("classification", "top1"): "top-1 accuracy on the validation set, as the teachers differ",
 }
 
 
@@ -58,7 +63,7 @@ def render_sweep(results: Mapping[str, Any]) -> str:
         best=complete[0] if complete else None,
         keys=[axis["key"] for axis in results["axes"]],
         counts={state: sum(trial["state"] == state for trial in trials) for state in _ORDER},
-        objective=OBJECTIVES.get(results["objective"], results["objective"]),
+        objective=OBJECTIVES[results["task"], results["objective"]],
         settings=_settings(results, complete),
         capacity=_capacity(results, complete),
         learning=learning_figure(results["learning_curve"]) if results["learning_curve"] else None,

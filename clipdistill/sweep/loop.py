@@ -53,7 +53,7 @@ def run_sweep(config: RunConfig, out: Path, base: Path) -> dict[str, Any]:
     sweep = Sweep(config, axes, out, base, Study(config, axes, out, base))
     _work(sweep)
     with locked(out / "sweep.lock"):
-        results = sweep_results(config, axes, objective_key(axes), read_outcomes(out))
+        results = sweep_results(config, axes, objective_key(config, axes), read_outcomes(out))
         files.write_json(out / "sweep.json", results)
         write_sweep_report(out / "sweep.html", results)
     return results

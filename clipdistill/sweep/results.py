@@ -46,6 +46,7 @@ def sweep_results(
         "sampler": config.sweep.sampler,
         "seeds": config.sweep.seeds,
         "objective": objective,
+        "task": config.task.kind,
         "axes": [_axis(axis, bases) for axis in axes],
         "trials": [_trial(outcome) for outcome in outcomes],
         "spread": dataclasses.asdict(effects.spread) if effects.spread else None,

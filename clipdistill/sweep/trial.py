@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.config import RunConfig, evaluation_sets
-from clipdistill.core import files, fingerprint
+from clipdistill.core import files, fingerprint, manifest
 from clipdistill.core.errors import ConfigError, DataError, MismatchError, MissingExtraError, ParityError
 from clipdistill.core.locks import locked
 from clipdistill.stages.run import run
@@ -37,13 +37,18 @@ _OWN = (ConfigError, DataError, MismatchError, ParityError, MissingExtraError)
 # or a batch that does not fit into memory. A fault of the machine (OSError) or of this program stops the sweep instead.
 _REFUSALS = (*_OWN, ValueError, RuntimeError, AssertionError, MemoryError)
 _MEASURES = ("overlap", "success", "retention")
-_CACHE_KEYS: Mapping[str, tuple[str, ...]] = {
-    "teacher": ("batch", "device"),
-    "cache": ("folder", "probe_rows", "probe_cosine"),
-    "data": ("fraction", "max_rejected"),
-    "features": ("weight", "form"),
+_NOT_STORED: Mapping[str, Any] = {
+    "teacher": {
+        "batch": True,
+        "device": True,
+        "combine": True,
+        "members": {"__all__": {"weight", "scale", "batch", "device"}},
+    },
+    "cache": {"folder": True, "probe_rows": True, "probe_cosine": True, "shard_rows": True},
+    "data": {"fraction": True, "max_rejected": True},
 }
-"""The sections that decide what a teacher cache holds, without the keys that do not."""
+"""The sections that decide which rows a teacher's cache holds, with the keys that do not. The cache keeps each choice
+of inner blocks apart by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +74,16 @@ class _Stopped(Exception):  # noqa: N818 - no error: it carries a decision out o
     """A trial lags behind: the message says at which step."""
 
 
-def objective_key(axes: Sequence[Axis]) -> str:
+def objective_key(config: RunConfig, axes: Sequence[Axis]) -> str:
     """Which value of the validation is maximised.
 
-    The score is the overlap with the teacher's own ranking. Where the teacher changes, that would favour one that is
-    easy to imitate: then it is the success@10 of text queries, whose truth does not depend on the teacher.
+    The score is the agreement with the teacher. Where the teacher changes, that would favour one that is easy to
+    imitate: then it is how often the student is right, as the truth does not depend on the teacher: the success@10 of
+    text queries, or the accuracy of a classification.
     """
-    return "success10_text_to_image" if any(axis.kind == "teacher" for axis in axes) else "score"
+    if not any(axis.kind == "teacher" for axis in axes):
+        return "score"
+    return "success10_text_to_image" if config.task.kind == "retrieval" else "top1"
 
 
 def do_trial(sweep: Sweep, taken: Taken) -> Outcome:
@@ -139,14 +147,16 @@ def _seeds(sweep: Sweep, taken: Taken, config: RunConfig, folder: Path) -> Itera
     for place in range(sweep.config.sweep.seeds):
         seed = config.seed + place
         workspace = Workspace(config.model_copy(update={"seed": seed}), folder / f"seed-{seed}")
-        # Only the first seed decides whether the trial is stopped: the others are trained for its interval.
-        watch = _watch(sweep, taken, config) if place == 0 and sweep.config.sweep.prune else None
+        # Only the first seed decides whether the trial is stopped: the others are trained for its interval. With a
+        # budget of time the trials are not at the same step at the same share of their training.
+        stops = place == 0 and sweep.config.sweep.prune and config.train.budget_minutes is None
+        watch = _watch(sweep, taken, config) if stops else None
         yield _result(sweep, workspace, run(workspace, until="evaluate", on_log=watch))
         clear(workspace.folder.parent)
 
 
 def _watch(sweep: Sweep, taken: Taken, config: RunConfig) -> Callable[[Mapping[str, Any]], None]:
-    key, study = objective_key(sweep.axes), sweep.study
+    key, study = objective_key(sweep.config, sweep.axes), sweep.study
 
     def watch(line: Mapping[str, Any]) -> None:
         if not isinstance(line.get(key), float):
@@ -182,15 +192,22 @@ def _shared_cache(sweep: Sweep, config: RunConfig) -> Path:
         folder = sweep.out / "teachers" / fingerprint.of_value(own)[:16]
         workspace = Workspace(whole.model_copy(update={"cache": cache}), folder)
     with locked(sweep.out / "cache.lock"):
-        if config.teacher.embeddings is None and not (workspace.cache / "manifest.json").exists():
+        if not _is_stored(workspace):
             run(workspace, until="cache")
     return workspace.cache.resolve()
 
 
+def _is_stored(workspace: Workspace) -> bool:
+    """Whether the embeddings of every teacher that is run are there."""
+    teacher = workspace.config.teacher
+    live = [one for one in (teacher.members or (teacher,)) if one.embeddings is None]
+    return all((workspace.cache_of(one) / manifest.NAME).exists() for one in live)
+
+
 def _cache_inputs(config: RunConfig) -> dict[str, Any]:
     values: dict[str, Any] = {
-        section: getattr(config, section).model_dump(mode="json", exclude=set(others))
-        for section, others in _CACHE_KEYS.items()
+        section: getattr(config, section).model_dump(mode="json", exclude=others)
+        for section, others in _NOT_STORED.items()
     }
     if config.train.mode != "cached":  # then only the measured sets are stored
         values["stored"] = evaluation_sets(config)
@@ -204,7 +221,7 @@ def _unfinished(sweep: Sweep, folder: Path, results: Sequence[SeedResult] = ()) 
 
 
 def _training_result(sweep: Sweep, workspace: Workspace, seed: int) -> SeedResult:
-    key, lines = objective_key(sweep.axes), read_metrics(workspace)
+    key, lines = objective_key(sweep.config, sweep.axes), read_metrics(workspace)
     scored = [line for line in lines if isinstance(line.get(key), float)]
     kept = max(scored, key=lambda line: (line["score"], -line["step"]), default=None)  # the student that is kept
     return SeedResult(
