@@ -29,6 +29,7 @@ LEAST_FREEDOM = 2
 _LEVEL = 0.95
 _DRAWS = 4000
 _RANGE_POINTS = 9
+_ROUNDING = 1e-9
 _LEAST_FOR_PARABOLA = 5
 
 
@@ -281,6 +282,7 @@ def _contrasts(
     differences = np.array([rows[first] - rows[second] for first, second in pairs])
     errors = np.sqrt(np.maximum(0, np.einsum("ij,jk,ik->i", differences, covariance, differences)))
     reach = _critical(_correlation(differences, covariance, errors), spread.freedom) * errors * spread.deviation
+    reach = np.maximum(reach, _ROUNDING)  # trials that are all alike leave a spread of 0
     gains = differences @ found
     return {
         pair: Contrast(float(gain), float(gain - half), float(gain + half))

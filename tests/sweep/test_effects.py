@@ -99,6 +99,14 @@ def test_chance_is_rarely_taken_for_a_difference():
     assert np.mean(found) < 0.12
 
 
+def test_trials_that_are_all_alike_differ_in_nothing():
+    """Whatever the last bit of their sums is."""
+    trials = grid([TEMPERATURE, SIZES], lambda _: 0.1 + 0.2, seeds=2, noise=0.0)
+    nudged = dataclasses.replace(trials[5].seeds[0], objective=trials[5].seeds[0].objective + 1e-16)
+    trials[5] = dataclasses.replace(trials[5], seeds=(nudged, trials[5].seeds[1]))
+    assert not any(effect.matters for effect in analyse([TEMPERATURE, SIZES], trials).effects)
+
+
 def test_the_critical_value_is_student_s_and_grows_with_the_number_of_contrasts():
     one = module._critical(np.ones((1, 1)), 10)
     assert one == pytest.approx(2.228, abs=0.12)  # t(0.975, 10)
