@@ -1,9 +1,17 @@
 """What a text tower alone reaches in its teacher's existing index: `make bench-query-side`.
 
-The demo's data, teacher, cache and text tower, but no picture tower: `student.image = "teacher"`. No picture is decoded
-in training, so the steps are more than the demo's. The bars are the demo's own query-side figures. The settings were
-chosen on `val` alone, by overlap@10; `test` and `unseen` were looked at once they stood. Each seed's run lies in
-`runs/query_side/SEED`: called again, the benchmark goes on from what is done.
+The demo's data, teacher, cache, text tower and loss, but no picture tower: `student.image = "teacher"`. Only texts are
+drawn, and no picture is decoded, so the steps and the texts a step are more than the demo's. The bars are the demo's
+own query-side figures. Each seed's run lies in `runs/query_side/SEED`: called again, the benchmark goes on from what is
+done.
+
+How the settings were chosen: first on `val` alone, where 128 pairs and 128 texts a step with an affinity term reached
+0.912 of overlap@10 in 600 steps, as 512 texts with the feature term alone did (0.913), at half the texts. Measured once
+on `unseen` after 800 steps (seed 17; `val` 0.924), that fell short of the bars: retention 0.913, overlap 0.566. `val`
+holds the concepts of `train`; so the present settings were then chosen on a tenth of the phrases, held out of training
+and ranked against the pictures of `train` and `val`. Overlap@10 there, after 150 steps of 256 texts: 0.271 with the
+feature term alone, 0.254 with the first settings, 0.271 with a queue of stored pictures, 0.272 with a weight decay of 1,
+0.219 with the token table frozen; after 300 steps 0.283, 0.281 and, frozen, 0.245. `unseen` was not looked at again.
 """
 
 from __future__ import annotations
@@ -31,12 +39,11 @@ SEEDS = (17, 18, 19)
 RUNS = Path("runs/query_side")
 PAIRING = "student_query_teacher_index"
 STUDENT = {"image": "teacher", "text": "nano", "text_init": "inherit", "vocab_size": 8600}
-# The teacher's embeddings of the texts, as in the demo, and beside them its similarities to its pictures.
-LOSS = {"feature_cosine": 8.0, "affinity": 1.0, "affinity_rows": "all", "clip": 0.0, "interactive": 0.0}
+LOSS = {"feature_cosine": 8.0, "affinity": 0.0, "clip": 0.0, "interactive": 0.0}
 TRAIN = {
     "steps": 800,
-    "batch": 128,
-    "batch_texts": 128,
+    "batch": 0,
+    "batch_texts": 256,
     "lr": 1.5e-3,
     "warmup": 20,
     "weight_decay": 0.05,
