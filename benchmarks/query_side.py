@@ -10,8 +10,9 @@ How the settings were chosen: first on `val` alone, where 128 pairs and 128 text
 on `unseen` after 800 steps (seed 17; `val` 0.924), that fell short of the bars: retention 0.913, overlap 0.566. `val`
 holds the concepts of `train`; so the present settings were then chosen on a tenth of the phrases, held out of training
 and ranked against the pictures of `train` and `val`. Overlap@10 there, after 150 steps of 256 texts: 0.271 with the
-feature term alone, 0.254 with the first settings, 0.271 with a queue of stored pictures, 0.272 with a weight decay of 1,
-0.219 with the token table frozen; after 300 steps 0.283, 0.281 and, frozen, 0.245. `unseen` was not looked at again.
+feature term alone, 0.254 with the first settings, 0.271 with a queue of stored pictures, 0.272 with a weight decay of
+1, 0.219 with the token table frozen; after 300 steps 0.283, 0.281 and, frozen, 0.245.
+`unseen` was not looked at again.
 """
 
 from __future__ import annotations
