@@ -166,7 +166,7 @@ def _width_faults(config: RunConfig) -> Iterator[str]:
 
 
 def _inherit_faults(config: RunConfig) -> Iterator[str]:
-    student, rule, schedule = config.student, config.student.inherit, config.student.inherit.schedule
+    student, schedule = config.student, config.student.inherit.schedule
     inherited = [side for side in ("image", "text") if getattr(student, side) == "inherit"]
     if inherited and config.teacher.model is None:
         yield (
@@ -181,12 +181,23 @@ def _inherit_faults(config: RunConfig) -> Iterator[str]:
         yield f'student.text_init: "{student.text_init}", but student.text = "inherit" takes the teacher\'s weights'
     if schedule and not inherited:
         yield 'student.inherit.schedule: no tower is inherited; set student.image or student.text to "inherit"'
+    if schedule:
+        yield from _schedule_faults(config)
+
+
+def _schedule_faults(config: RunConfig) -> Iterator[str]:
+    """What does not go with progressive inheritance."""
+    rule, schedule = config.student.inherit, config.student.inherit.schedule
     if any(later >= earlier for earlier, later in pairwise(schedule)):
         yield f"student.inherit.schedule: must be falling shares such as [0.5, 0.25], got {list(schedule)}"
     for key in ("heads", "mlp"):
-        if schedule and getattr(rule, key) is not None:
+        if getattr(rule, key) is not None:
             yield f"student.inherit.{key}: a schedule's shares hold for depth, width, heads and MLP alike; leave it out"
-    if schedule and config.train.steps < len(schedule):
+    if config.train.budget_minutes is not None:
+        yield "train.budget_minutes: a schedule divides steps, not a time; give train.steps instead"
+    if config.features.image or config.features.text:
+        yield "features: a schedule changes which blocks the student has; leave features or the schedule out"
+    if config.train.steps < len(schedule):
         yield f"train.steps: {config.train.steps} cannot be divided among {len(schedule)} shares of the schedule"
 
 

@@ -34,6 +34,7 @@ _TRAINING_FACTS = (
     "grad_norm",
     "skipped",
     "class_scale",
+    "phase",
 )
 _BALANCE = "log_variance_"
 _MEASURED = ("overlap", "success", "recall", "agreement", "top1", "score")
@@ -80,7 +81,8 @@ def training_curves(metrics: Iterable[Mapping[str, Any]]) -> list[Drawing]:
         ("Learning rate", rates, "rate"),
         ("Learned balance of the losses", balance, "log-variance"),
     )
-    return [_curves(title, values, unit) for title, values, unit in panels if values]
+    since = _last_phase(series)
+    return [_curves(title, values, unit, since) for title, values, unit in panels if values]
 
 
 def size_against_recall(sizes: Sequence[Size], k: int) -> Drawing | None:
@@ -263,7 +265,13 @@ def _merged(series: Mapping[str, Points], alone: str) -> dict[str, Points]:
     return {", ".join(same): list(points) for (_, points), same in names.items()}
 
 
-def _curves(title: str, series: Mapping[str, Points], unit: str) -> Drawing:
+def _last_phase(series: Mapping[str, Points]) -> float:
+    """The first step of the phase that the kept student is of; 0 where the training had no phases."""
+    points = series.get("phase", [])
+    return min((step for step, phase in points if phase == points[-1][1]), default=0.0)
+
+
+def _curves(title: str, series: Mapping[str, Points], unit: str, since: float = 0.0) -> Drawing:
     total = "loss" if unit == "loss" else "score"
     series = _merged(series, alone=total)
     with panel(_NARROW, 2.7, left=0.14, right=0.97) as (figure, axes):
@@ -283,7 +291,7 @@ def _curves(title: str, series: Mapping[str, Points], unit: str) -> Drawing:
             )
         _scale_axis(axes, series, unit)
         if unit == "value" and total in series:
-            _mark_best(axes, series[total])
+            _mark_best(axes, [point for point in series[total] if point[0] >= since])
         axes.set_xlim(left=0)
         axes.set_xlabel("step")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: count(x)))

@@ -96,7 +96,8 @@ def _best(workspace: Workspace) -> dict[str, Any]:
     scored = [row for row in read_metrics(workspace) if "score" in row]
     if not scored:
         return {}
-    best = max(scored, key=lambda row: row["score"])
+    last = [row for row in scored if row.get("phase") == scored[-1].get("phase")]  # the student is of the last one
+    best = max(last, key=lambda row: row["score"])
     return {"best_step": best["step"], "best_score": best["score"]}
 
 

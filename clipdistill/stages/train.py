@@ -21,8 +21,8 @@ from clipdistill.losses.presets import PRESETS
 from clipdistill.retrieval.exact import exact_top_k
 from clipdistill.retrieval.measures import overlap_at_k
 from clipdistill.stages.blocks import distilled_blocks
-from clipdistill.stages.classify import check_trained, class_task, class_validation, save_classifier
-from clipdistill.stages.inherit import calibration, inherits
+from clipdistill.stages.classify import ClassTask, check_trained, class_task, class_validation, save_classifier
+from clipdistill.stages.inherit import Phase, calibration, cut_again, inherits, phases, scheduled
 from clipdistill.stages.inputs import RunData
 from clipdistill.stages.mutual import mutual_inputs, new_mutual
 from clipdistill.stages.query import combine, new_query_student, query_scores
@@ -113,7 +113,7 @@ def new_student(config: RunConfig, data: RunData, cache: AnyCache, teacher: Teac
         dims=student.dims,
         axes=_axes(data, cache, dim) if len(student.dims) > 1 or (inherits(config) and dim != cache.dim) else None,
         max_pixels=config.data.max_pixels,
-        inherit=student.inherit,
+        inherit=scheduled(student.inherit),
         calibration=rows,
     )
 
@@ -192,26 +192,12 @@ def train(
     student = new_student(config, data, cache, first_teacher(teachers))
     # What is trained is a copy: the teacher as it was stays the reference, and is asked for its speed later.
     running = [one and one.copy() for one in teachers] if config.train.mode == "mutual" else teachers
-    blocks = distilled_blocks(workspace, data, cache, student, first_teacher(running))
     task = class_task(config, data, cache)
-    objective = new_objective(config.loss, student, cache, further=task is not None)
-    objective.check(has_pairs=config.train.batch > 0)
-    student = distill(
-        student,
-        cache,
-        training_data(config, data),
-        objective=objective,
-        train=config.train,
-        seed=config.seed,
-        folder=workspace.training,
-        on_eval=validation(data, cache) if task is None else class_validation(task, data, cache),
-        fingerprint=fingerprint.of_value(made_from),
-        on_log=on_log,
-        extras=(*blocks.extras, *(() if task is None else (task.loss,))),
-        facts=(*blocks.facts, *(() if task is None else (task.labels,))),
-        live=live_teacher(config, running, wanted=blocks.live),
-        mutual=new_mutual(config, running),
-    )
+    for phase in phases(config, workspace.training, fingerprint.of_value(made_from)):
+        source = first_teacher(teachers)
+        if phase.number > 1 and source is not None:
+            student = cut_again(config, data, student, source, phase.rule)
+        student = _distilled(workspace, data, cache, student, running, task, phase, on_log)
     if config.train.mode == "mutual" and running[0] is not None:
         save_teacher(running[0], workspace.mutual, extra={"made_from": made_from})
     student.save(workspace.student)
@@ -221,6 +207,39 @@ def train(
         save_classifier(workspace, task, student)
     workspace.mark_done("train", made_from)
     return student
+
+
+def _distilled(
+    workspace: Workspace,
+    data: RunData,
+    cache: AnyCache,
+    student: DualEncoder,
+    running: Sequence[Teacher | None],
+    task: ClassTask | None,
+    phase: Phase,
+    on_log: OnLog | None,
+) -> DualEncoder:
+    """Train a student for one phase, going on from the phase's last checkpoint."""
+    config = workspace.config
+    blocks = distilled_blocks(workspace, data, cache, student, first_teacher(running))
+    objective = new_objective(config.loss, student, cache, further=task is not None)
+    objective.check(has_pairs=config.train.batch > 0)
+    return distill(
+        student,
+        cache,
+        training_data(config, data),
+        objective=objective,
+        train=phase.train,
+        seed=phase.seed,
+        folder=phase.folder,
+        on_eval=validation(data, cache) if task is None else class_validation(task, data, cache),
+        fingerprint=phase.fingerprint,
+        on_log=on_log and (lambda line: on_log({**line, "step": line["step"] + phase.first_step})),
+        extras=(*blocks.extras, *(() if task is None else (task.loss,))),
+        facts=(*blocks.facts, *(() if task is None else (task.labels,))),
+        live=live_teacher(config, running, wanted=blocks.live),
+        mutual=new_mutual(config, running),
+    )
 
 
 def live_teacher(config: RunConfig, teachers: Sequence[Teacher | None], *, wanted: bool = False) -> LiveRows | None:

@@ -132,8 +132,23 @@ class Workspace:
 
 
 def read_metrics(workspace: Workspace) -> list[Mapping[str, Any]]:
-    """The training's metrics, one mapping a logged step; none where there was no training yet."""
-    path = workspace.training / "metrics.jsonl"
+    """The training's metrics, one mapping a logged step; none where there was no training yet.
+
+    Of a training in phases, those of all of them: the steps are counted through, and each line has its ``phase``.
+    """
+    shares = workspace.config.student.inherit.schedule
+    if not shares:
+        return _lines(workspace.training)
+    steps = workspace.config.train.steps // len(shares)
+    return [
+        {**line, "step": line["step"] + place * steps, "phase": place + 1}
+        for place in range(len(shares))
+        for line in _lines(workspace.training / f"phase-{place + 1}")
+    ]
+
+
+def _lines(folder: Path) -> list[Mapping[str, Any]]:
+    path = folder / "metrics.jsonl"
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

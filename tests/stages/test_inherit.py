@@ -1,4 +1,4 @@
-"""Inherited students through the stages: calibration rows, a whole run, faults of the configuration."""
+"""Inherited students through the stages: calibration rows, whole runs, phases, faults of the configuration."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import tiny
 import torch
 
 from clipdistill.config import RunConfig
-from clipdistill.core.errors import ConfigError
-from clipdistill.stages.inherit import calibration
+from clipdistill.core.errors import ConfigError, MismatchError
+from clipdistill.stages.inherit import calibration, cut_again, phases
 from clipdistill.stages.inputs import load_data, open_cache
 from clipdistill.stages.run import run
 from clipdistill.stages.teachers import first_teacher, open_teachers
 from clipdistill.stages.train import new_student
-from clipdistill.stages.workspace import Workspace
+from clipdistill.stages.workspace import Workspace, read_metrics
 from clipdistill.towers.inheritance.tower import tower_of
+from clipdistill.towers.student import DualEncoder
 
 INHERIT = ("student.image=inherit", "student.text=inherit", "student.image_init=pretrained")
 
@@ -87,6 +88,14 @@ def test_a_run_from_end_to_end_is_the_same_twice(tmp_path):
         (("student.inherit={schedule=[0.5, 0.25], mlp=0.5}",), "student.inherit.mlp: a schedule's shares hold"),
         (("student.inherit.schedule=[0.5, 0.25]", "train.steps=1"), "train.steps: 1 cannot be divided among 2"),
         (
+            ("student.inherit.schedule=[0.5, 0.25]", "train.budget_minutes=1"),
+            "train.budget_minutes: a schedule divides",
+        ),
+        (
+            ("student.inherit.schedule=[0.5, 0.25]", "features.image=[{teacher = 'a', student = 'b'}]"),
+            "features: a schedule changes which",
+        ),
+        (
             ("student.inherit.schedule=[0.5]", "student.image=nano", "student.text=nano"),
             "student.inherit.schedule: no tower is inherited",
         ),
@@ -102,3 +111,76 @@ def test_only_one_tower_is_cut_where_one_is_named(tmp_path):
     student, *_ = untrained(tmp_path, "student.text=nano", "student.text_init=random")
     assert tower_of(student.model, "image").shape.width == 16
     assert tower_of(student.model, "text").shape.width != 16
+
+
+SCHEDULE = ("student.inherit.schedule=[1.0, 0.5]", "train.steps=7", "cache.folder=shared")
+
+
+def shape(student, side="image"):
+    return tower_of(student.model, side).shape
+
+
+@pytest.mark.slow
+def test_a_schedule_is_passed_through_phase_by_phase(tmp_path):
+    lines = []
+    made = workspace(tmp_path, *SCHEDULE)
+    report = run(made, on_log=lines.append)
+    student = DualEncoder.load(made.student)
+    large = DualEncoder.load(made.training / "phase-1" / "best")
+    assert (shape(large).width, shape(student).width, shape(student, "text").layers) == (32, 16, 1)
+    assert large.tokenizer.fingerprint == student.tokenizer.fingerprint
+    assert [len(read(made, phase, "loss")) for phase in (1, 2)] == [3, 4]
+    steps = [line["step"] for line in read_metrics(made) if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
+    assert [line["step"] for line in lines if "loss" in line] == steps
+    assert (made.folder / "report.html").exists()
+    assert report["student_fingerprint"] == student.fingerprint
+    _resumes_after_a_stop_in_each_phase(tmp_path, student.fingerprint)
+
+
+def read(made, phase, name):
+    return [line for line in read_metrics(made) if line["phase"] == phase and name in line]
+
+
+def _resumes_after_a_stop_in_each_phase(folder, wanted):
+    for number, last in enumerate((2, 5)):
+
+        def stop(line, last=last):
+            if line["step"] == last and "loss" in line:
+                raise KeyboardInterrupt
+
+        made = workspace(folder, *SCHEDULE, "train.save_every=1", out=f"stopped{number}")
+        with pytest.raises(KeyboardInterrupt):
+            run(made, until="train", on_log=stop)
+        assert not made.student.exists()
+        assert run(made, until="train")["fingerprint"] == wanted
+    with pytest.raises(MismatchError):
+        run(workspace(folder, *SCHEDULE, "student.inherit.schedule=[1.0, 0.4]", out="stopped0"), until="train")
+
+
+def test_a_phase_begins_with_the_trained_student_cut_to_the_teachers_measures(tmp_path):
+    student, teacher, data = untrained(tmp_path, "student.inherit={schedule=[1.0, 0.5], width_by='first', refit=false}")
+    student.model.visual.conv1.weight.data.mul_(2)
+    made = workspace(tmp_path, "student.inherit={schedule=[1.0, 0.5], width_by='first', refit=false}")
+    parts = phases(made.config, made.training, "x")
+    smaller = cut_again(made.config, data, student, teacher, parts[1].rule)
+    assert torch.equal(smaller.model.visual.conv1.weight, student.model.visual.conv1.weight[:16])
+    assert torch.equal(smaller.model.text.token_embedding.weight, student.model.text.token_embedding.weight[:, :16])
+    assert torch.equal(smaller.model.logit_scale, student.model.logit_scale)
+    whole = cut_again(made.config, data, student, teacher, parts[0].rule)
+    assert whole.fingerprint == student.fingerprint
+    seeds = {part.seed for part in parts}
+    prints = {part.fingerprint for part in parts}
+    assert len(seeds) == len(prints) == 2
+
+
+def test_a_tower_that_is_not_inherited_passes_through_a_schedule_as_it_is(tmp_path):
+    only = ("student.inherit.schedule=[1.0, 0.5]", "student.text=nano", "student.text_init=random", "student.dim=12")
+    student, teacher, data = untrained(tmp_path, *only)
+    made = workspace(tmp_path, *only)
+    smaller = cut_again(made.config, data, student, teacher, phases(made.config, made.training, "x")[1].rule)
+    texts = [pair.captions[0] for pair in data.sets["train"].pairs]
+    assert (smaller.encode_texts(texts) == student.encode_texts(texts)).all()
+    rows = smaller.encode_texts(texts)
+    assert (smaller.to_teacher_vectors(rows, "text") == student.to_teacher_vectors(rows, "text")).all()
+    assert shape(smaller).width == 16
