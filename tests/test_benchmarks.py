@@ -151,3 +151,49 @@ def test_a_run_of_another_loss_or_setting_has_another_folder(bench, monkeypatch,
     monkeypatch.setitem(loss_weights.__globals__, "PRESETS", {**PRESETS, "fd": PRESETS["clip_kd"]})
     changed = folders()
     assert [one == other for one, other in zip(plain, changed, strict=True)] == [False, True, False, True]
+
+
+@pytest.fixture
+def inheritance(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    before = set(sys.modules)
+    import inheritance
+
+    yield inheritance
+    for name in {"inheritance", "result"} & (set(sys.modules) - before):
+        del sys.modules[name]
+
+
+def test_inheritance_is_judged_by_the_steps_to_the_drawn_students_best(inheritance):
+    drawn = [(10, 0.1), (20, 0.3), (30, 0.3), (40, 0.2)]
+    found = inheritance.compared([(10, 0.29), (20, 0.3), (30, 0.5), (40, 0.4)], drawn)
+    assert (found["steps_inherited"], found["steps_random"], found["steps_ratio"]) == (20, 20, 1.0)
+    assert inheritance.compared([(10, 0.4), (20, 0.5)], drawn)["steps_ratio"] == 0.5
+    never = inheritance.compared([(10, 0.1), (20, 0.2), (30, 0.2), (40, 0.2)], drawn)
+    assert (never["steps_inherited"], never["steps_ratio"]) == (41, 2.05)
+
+
+def test_both_students_of_a_seed_differ_in_where_they_begin_alone(inheritance, tmp_path):
+    inheritance.register(tmp_path)
+    (tmp_path / "small.json").write_text(json.dumps(inheritance.TEACHER_CFG), encoding="utf-8")
+    inheritance.register(tmp_path)
+    (tmp_path / "teacher" / "student").mkdir(parents=True)
+    one, two = (inheritance.student_config(tmp_path, kind, 17, 40, 10) for kind in inheritance.KINDS)
+    assert one.train == two.train
+    assert (one.data, one.loss, one.seed, one.cache) == (two.data, two.loss, two.seed, two.cache)
+    assert (one.student.inherit.width, one.student.inherit.depth) == (0.5, 1.0)
+    assert (two.student.image_init, two.student.text_init, one.student.vocab_size) == ("random", "random", 8600)
+
+
+def test_a_folder_of_other_settings_is_not_taken_for_these(inheritance, tmp_path):
+    inheritance.register(tmp_path)
+    (tmp_path / "teacher" / "student").mkdir(parents=True)
+    asked = inheritance.student_config(tmp_path, "inherited", 17, 40, 10)
+    folder = tmp_path / "inherited_17"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(asked.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    (folder / "curve.json").write_text('{"curve": [[10, 0.5]], "seconds": 1.0}', encoding="utf-8")
+    assert inheritance.done(tmp_path, "inherited_17", asked)["curve"] == [[10, 0.5]]
+    longer = inheritance.student_config(tmp_path, "inherited", 17, 50, 10)
+    with pytest.raises(RuntimeError, match="other settings"):
+        inheritance.done(tmp_path, "inherited_17", longer)

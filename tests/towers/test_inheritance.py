@@ -26,11 +26,12 @@ from clipdistill.towers.teacher import Teacher
 
 TEXTS = [tiny.caption(number) for number in range(70)]
 PICTURES = [pair.picture for pair in tiny.pairs(12)]
+TOKENIZER = open_clip.SimpleTokenizer(context_length=32)
 WHOLE = InheritConfig(depth=1.0, width=1.0)
 
 
 def teacher_of(*, vision=None, text=None, custom=True, siglip=False, **changes):
-    """A live teacher of two layers with random weights: weights large enough for all parts to be heard."""
+    """A live teacher of three layers with random weights: weights large enough for all parts to be heard."""
     cfg = tiny.model_cfg(custom=custom, siglip=siglip)
     cfg["vision_cfg"] |= {"layers": 3, **(vision or {})}
     cfg["text_cfg"] |= {"layers": 3, **(text or {})}
@@ -48,7 +49,7 @@ def teacher_of(*, vision=None, text=None, custom=True, siglip=False, **changes):
         open_clip.transform.PreprocessCfg(**tiny.PREPROCESS), is_train=False
     )
     model.visual.preprocess_cfg = tiny.PREPROCESS
-    return Teacher(model, transform, open_clip.SimpleTokenizer(context_length=32), name="tiny")
+    return Teacher(model, transform, TOKENIZER, name="tiny")
 
 
 def calibration(teacher):

@@ -40,6 +40,7 @@ from clipdistill.towers.inheritance.shape import Shape
 
 Side = Literal["image", "text"]
 Tap = Callable[[str, int, Tensor], Tensor]
+_INSTEAD = "name a tower (such as nano) instead"
 
 
 def unseen(kind: str, layer: int, values: Tensor) -> Tensor:
@@ -236,12 +237,12 @@ def _image_reasons(module: Any) -> Iterator[str]:
         kind = type(module.trunk).__name__
         yield f"timm's {kind} is no ViT of open_clip's own; name a smaller tower and train it instead"
     elif not isinstance(module, VisionTransformer):
-        yield f"open_clip's {type(module).__name__} is not supported; only its VisionTransformer is"
+        yield f"open_clip's {type(module).__name__} is not supported; only its VisionTransformer is; {_INSTEAD}"
     else:
         if module.attn_pool is not None:
-            yield "attention pooling (attentional_pool) is not supported; only the pooling of a token or their mean is"
+            yield f"attention pooling (attentional_pool) is not supported, only a token or the mean; {_INSTEAD}"
         if module.pool_type == "none":
-            yield 'pool_type = "none" is not supported; only "tok" and "avg" are'
+            yield f'pool_type = "none" is not supported, only "tok" and "avg"; {_INSTEAD}'
         yield from _block_reasons(module)
 
 
@@ -254,10 +255,12 @@ def _text_reasons(module: Any) -> Iterator[str]:
         )
         return
     if not isinstance(module, TextTransformer) and not hasattr(module, "token_embedding"):
-        yield f"{type(module).__name__} is not supported; only open_clip's TextTransformer is"
+        yield f"{type(module).__name__} is not supported; only open_clip's TextTransformer is; {_INSTEAD}"
         return
+    if getattr(module, "use_pad_mask", False):
+        yield f"a mask of its padding (use_pad_mask) is not supported; {_INSTEAD}"
     if getattr(module, "cls_emb", None) is not None:
-        yield "a class token behind the text (embed_cls) is not supported"
+        yield f"a class token behind the text (embed_cls) is not supported; {_INSTEAD}"
     pool = getattr(module, "pool_type", None) or module.text_pool_type
     if module.attn_mask is None or pool not in ("argmax", "eos"):
         yield (
@@ -270,5 +273,5 @@ def _text_reasons(module: Any) -> Iterator[str]:
 def _block_reasons(module: Any) -> Iterator[str]:
     for block in module.transformer.resblocks:
         if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
-            yield f"its blocks are of a kind that is not supported ({type(block).__name__})"
+            yield f"its blocks are of a kind that is not supported ({type(block).__name__}); {_INSTEAD}"
             return
