@@ -1,6 +1,6 @@
 """Whether a sweep survives being killed at any moment, and how long twelve trials take: `make bench-sweep`.
 
-Temperature x capacity on the embedded data: four temperatures of the similarities' KL, three text towers, a hundred
+Temperature x capacity on the embedded data: four temperatures of the similarities' KL, three text towers, sixty
 steps each, with early stopping. The command is killed by SIGKILL at random moments and started again until it is done.
 Then one of the trials that were killed is trained again without a kill, and has to end with the same weights.
 
@@ -27,16 +27,16 @@ from clipdistill.demo import WEIGHTS, demo_config
 COMMAND = "make bench-sweep"
 SEED = 17
 KILLS = 5
-BETWEEN_KILLS = (30.0, 240.0)
+BETWEEN_KILLS = (30.0, 150.0)
 SWEEP = (
     'sweep.axes={"loss.temperature"=[0.5, 1.0, 2.0, 4.0], "student.text"=["nano", "tiny", "small"]}',
     "sweep.sampler=grid",
     "sweep.trials=12",
     "sweep.startup=4",
     "loss.affinity=1.0",
-    "train.steps=100",
-    "train.eval_every=50",
-    "train.save_every=25",
+    "train.steps=60",
+    "train.eval_every=30",
+    "train.save_every=15",
 )
 
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,13 @@ def test_the_configuration_is_valid(tmp_path):
     assert RunConfig.load(tmp_path / "run.toml", ["train.lr=3e-4", "loss.preset=clip_kd"]).loss.preset == "clip_kd"
 
 
+@pytest.mark.parametrize("number", range(1, len(blocks("toml"))))
+def test_the_further_sections_fit_the_first_configuration(tmp_path, number):
+    (tmp_path / "pictures").mkdir()
+    raw = {**tomllib.loads(blocks("toml")[0]), **tomllib.loads(blocks("toml")[number])}
+    RunConfig.parse(raw, tmp_path, checks=[name_checks])
+
+
 def test_every_command_names_a_verb_that_exists():
     from clipdistill.cli import app
 
@@ -58,8 +66,8 @@ def test_every_command_names_a_verb_that_exists():
 
 
 def test_every_make_target_exists():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"`make (\w+)`", README)) <= targets
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`make ([\w-]+)`", README)) <= targets
 
 
 def test_its_source_forms_are_read(tmp_path):
