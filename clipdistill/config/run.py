@@ -56,6 +56,7 @@ class RunConfig(Section):
             _set_faults,
             _width_faults,
             _inherit_faults,
+            _prune_faults,
             _ensemble_faults,
             _query_side_faults,
             _task_faults,
@@ -199,6 +200,17 @@ def _schedule_faults(config: RunConfig) -> Iterator[str]:
         yield "features: a schedule changes which blocks the student has; leave features or the schedule out"
     if config.train.steps < len(schedule):
         yield f"train.steps: {config.train.steps} cannot be divided among {len(schedule)} shares of the schedule"
+
+
+def _prune_faults(config: RunConfig) -> Iterator[str]:
+    """A tower that ``student.prune`` has no say about."""
+    student = config.student
+    if student.prune is None:
+        return
+    if student.image == "inherit":
+        yield 'student.prune: is for a named tower; with student.image = "inherit" set student.inherit.width'
+    if student.image == "teacher":
+        yield 'student.prune: student.image = "teacher" keeps the teacher\'s own picture tower; leave it out'
 
 
 def _set_faults(config: RunConfig) -> Iterator[str]:

@@ -12,7 +12,11 @@ Ratio = Annotated[float, Field(gt=0, le=1)]
 
 
 class InheritConfig(Section):
-    """How a student is cut out of its teacher; 1.0 everywhere keeps the teacher bit for bit."""
+    """How a student is cut out of its teacher; 1.0 everywhere keeps the teacher bit for bit.
+
+    Of a teacher's picture tower that is a timm CNN, ``width`` is the share of channels that is kept, and of the other
+    keys ``importance`` and ``calibration`` alone apply.
+    """
 
     depth: Ratio = 0.5
     """The share of the transformer blocks that is kept."""
@@ -25,7 +29,7 @@ class InheritConfig(Section):
     depth_by: Literal["stride", "importance"] = "stride"
     width_by: Literal["first", "importance"] = "importance"
     importance: Literal["activation", "taylor"] = "activation"
-    """How a part's importance is measured on the calibration rows."""
+    """How a part's importance is measured on the calibration rows; a CNN's ``activation`` is its weights' norm."""
     calibration: Positive = 256
     """How many pictures and texts of ``data.train`` measure it."""
     refit: bool = True
@@ -44,6 +48,9 @@ class StudentConfig(Section):
     text: str = "nano"
     """A preset (nano, tiny, small), or an open_clip config; ``inherit`` cuts the teacher's own tower."""
     inherit: InheritConfig = InheritConfig()
+    prune: Ratio | None = None
+    """The share of its channels that a named timm CNN keeps (structured pruning; ``inherit.importance`` and
+    ``inherit.calibration`` say by what); none = all."""
     image_init: Literal["pretrained", "random"] = "pretrained"
     text_init: Literal["inherit", "pretrained", "random"] = "inherit"
     pretrained: str | None = None

@@ -147,6 +147,11 @@ def calibration(
     return Calibration(_stacked(pixels), tokens)
 
 
+def prepared_pictures(config: RunConfig, data: RunData, transform: Callable[[Any], Any]) -> Tensor:
+    """The pictures of :func:`calibration` alone: float32 [pictures, 3, height, width]."""
+    return calibration(config, data, transform, lambda _: torch.zeros(0, 1, dtype=torch.long)).pixels
+
+
 def _stacked(pixels: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(pixels)) if pixels else torch.zeros(0, 3, 1, 1)
 

@@ -93,7 +93,8 @@ class RunData:
 
 def name_checks(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
     """Faults in the names of models, for :meth:`RunConfig.load`; nothing is loaded."""
-    from clipdistill.towers.build import student_faults
+    from clipdistill.towers.blueprint import INHERIT, TEACHER
+    from clipdistill.towers.build import prune_faults, student_faults
 
     for section, teacher in raw_teachers(raw):
         model, tag = teacher.get("model"), teacher.get("pretrained")
@@ -106,7 +107,10 @@ def name_checks(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
     names = student if isinstance(student, Mapping) else {}
     image, text = names.get("image", "nano"), names.get("text", "nano")
     if isinstance(image, str) and isinstance(text, str):
-        yield from student_faults(image, text)
+        faults = list(student_faults(image, text))
+        yield from faults
+        if names.get("prune") is not None and not faults and image not in (INHERIT, TEACHER):
+            yield from prune_faults(image)
 
 
 def load_data(workspace: Workspace, *, limit: bool = True) -> RunData:

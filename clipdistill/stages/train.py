@@ -22,15 +22,16 @@ from clipdistill.retrieval.exact import exact_top_k
 from clipdistill.retrieval.measures import overlap_at_k
 from clipdistill.stages.blocks import distilled_blocks
 from clipdistill.stages.classify import ClassTask, check_trained, class_task, class_validation, save_classifier
-from clipdistill.stages.inherit import Phase, calibration, cut_again, inherits, phases, scheduled
+from clipdistill.stages.inherit import Phase, calibration, cut_again, inherits, phases, prepared_pictures, scheduled
 from clipdistill.stages.inputs import RunData
 from clipdistill.stages.mutual import mutual_inputs, new_mutual
 from clipdistill.stages.query import combine, new_query_student, query_scores
 from clipdistill.stages.teachers import drawn_views, first_teacher, whole_teacher
 from clipdistill.stages.workspace import Workspace
-from clipdistill.towers.blueprint import TEACHER
+from clipdistill.towers.blueprint import INHERIT, TEACHER
 from clipdistill.towers.build import build_student
 from clipdistill.towers.ensemble import EnsembleTeacher
+from clipdistill.towers.inheritance.trunk import plan_trunk
 from clipdistill.towers.live import LiveTeacher
 from clipdistill.towers.matryoshka import principal_axes
 from clipdistill.towers.student import DualEncoder
@@ -94,6 +95,8 @@ def new_student(config: RunConfig, data: RunData, cache: AnyCache, teacher: Teac
     if student.image == TEACHER:
         return new_query_student(config, cache, teacher, vocabulary_texts(data))
     if teacher is not None and inherits(config):
+        if student.image == INHERIT:
+            plan_trunk(teacher.model.visual, student.inherit)  # a CNN with a schedule is refused before anything trains
         rows = calibration(config, data, teacher.transform, teacher.tokenizer)
     dim = student.dim or (student.dims[0] if student.dims else cache.widest)
     return build_student(
@@ -115,6 +118,8 @@ def new_student(config: RunConfig, data: RunData, cache: AnyCache, teacher: Teac
         max_pixels=config.data.max_pixels,
         inherit=scheduled(student.inherit),
         calibration=rows,
+        share=student.prune,
+        pictures=lambda preprocess: prepared_pictures(config, data, preprocess),
     )
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, TypedDict, cast
 
 import torch
 from open_clip.transformer import QuickGELU
@@ -27,14 +27,21 @@ from clipdistill.towers.blueprint import (
 )
 from clipdistill.towers.encoder import SearchedTeacher
 from clipdistill.towers.inherit import teacher_token_table, token_table
+from clipdistill.towers.inheritance.convolutional import (
+    Importance,
+    prune_channels,
+    pruning_faults,
+    torch_pruning,
+)
 from clipdistill.towers.inheritance.plan import Calibration, Cut, plan_cut, source_ids
 from clipdistill.towers.inheritance.tower import Side
+from clipdistill.towers.inheritance.trunk import Trunk, plan_trunk
 from clipdistill.towers.preprocess import Preprocess
 from clipdistill.towers.student import MAX_PIXELS, DualEncoder, assemble, projected_sides, projections, seeded
 from clipdistill.towers.tokenizer import StudentTokenizer, default_backend, teacher_backend
 from clipdistill.towers.vocabulary import prune
 
-__all__ = ["build_query_student", "build_student", "student_faults"]
+__all__ = ["build_query_student", "build_student", "prune_faults", "student_faults"]
 
 _FIRST_SCALE = 1 / 0.07  # CLIP's own
 _CUT = "cut"  # where the weights of an inherited tower come from
@@ -70,6 +77,8 @@ def build_student(
     max_pixels: int = MAX_PIXELS,
     inherit: InheritConfig | None = None,
     calibration: Calibration | None = None,
+    share: float | None = None,
+    pictures: Callable[[Preprocess], Tensor] | None = None,
 ) -> DualEncoder:
     """Build an untrained student, a function of its arguments alone.
 
@@ -97,6 +106,10 @@ def build_student(
         max_pixels: Pictures that claim more are refused.
         inherit: How an ``inherit`` tower is cut; None keeps the defaults.
         calibration: The rows that importance is measured on, for ``inherit``; None where nothing is to be measured.
+        share: The share of channels that a named timm network keeps; None keeps all. Of a teacher's own convolutional
+            tower it is ``inherit.width``.
+        pictures: Gives pictures as a preprocessing prepares them, float32 [pictures, 3, height, width], for a
+            convolutional tower that is pruned.
 
     Returns:
         The student in eval mode, on the CPU.
@@ -104,6 +117,8 @@ def build_student(
     Raises:
         ConfigError: If a name is unknown, choices do not go together, or weights are missing, do not fit or cannot be
             fetched.
+        DataError: If a tower is to be pruned and there are fewer than 2 ``pictures``.
+        MissingExtraError: If a tower is to be pruned without torch-pruning.
     """
     faults = list(student_faults(image, text))
     if faults:
@@ -127,11 +142,45 @@ def build_student(
     elif image_init == "pretrained":
         weights.fill_image(model.visual, picture, image_weights, pretrained)
     _fill_text(model.text, plan, vocabulary.teacher_ids, rotation, seed)
+    preprocess, rule = _preprocess(plan, picture), inherit or InheritConfig()
+    share = _kept_share(cuts, share)
+    if share < 1:  # before the student is made, which orders its weights in memory
+        pixels = pictures(preprocess) if pictures is not None else torch.zeros(0, 3, 1, 1)
+        importance: Importance = "taylor" if rule.importance == "taylor" else "magnitude"
+        prune_channels(model.visual, share, pixels, importance=importance, seed=seed)
     student = DualEncoder(
-        model, model_cfg, tokenizer, _preprocess(plan, picture), projection=maps, dims=dims, max_pixels=max_pixels
+        model,
+        model_cfg,
+        tokenizer,
+        preprocess,
+        projection=maps,
+        dims=dims,
+        max_pixels=max_pixels,
+        pruned=share < 1,
     )
     student.module.eval()
     return student
+
+
+def prune_faults(image: str) -> Iterator[str]:
+    """Why a named picture tower cannot be pruned, found without its weights: one sentence a fault.
+
+    Args:
+        image: The picture tower's name, as in ``student.image``; a known one.
+
+    Raises:
+        MissingExtraError: If torch-pruning is not installed.
+    """
+    import timm
+
+    name = image_tower(image).timm_name
+    reasons = ["it is not a convolutional network of timm"]
+    if name is not None:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            reasons = list(pruning_faults(timm.create_model(name)))
+    if reasons:
+        yield f"student.prune: {image} cannot be pruned: {'; '.join(reasons)}; leave it out, or name a CNN of timm"
+    torch_pruning()
 
 
 def build_query_student(
@@ -189,6 +238,13 @@ def build_query_student(
     return student
 
 
+class _Cuts(TypedDict, total=False):
+    """How the towers that are the teacher's own are cut."""
+
+    image: Cut | Trunk
+    text: Cut
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What was chosen, with the towers found; no picture tower where pictures stay the teacher's."""
@@ -200,7 +256,7 @@ class _Plan:
     pretrained: str | None
     image_weights: Path | None
     teacher: TeacherParts | None
-    cuts: Mapping[str, Cut]
+    cuts: _Cuts
 
 
 def _cuts(
@@ -210,7 +266,7 @@ def _cuts(
     rule: InheritConfig,
     calibration: Calibration | None,
     seed: int,
-) -> dict[str, Cut]:
+) -> _Cuts:
     """How the towers that are the teacher's own are cut, by side.
 
     Raises:
@@ -225,20 +281,31 @@ def _cuts(
         )
     rows = calibration or Calibration(torch.zeros(0, 3, 1, 1), torch.zeros(0, 1, dtype=torch.long))
     model = None if teacher is None else teacher.model
-    found: dict[str, Cut] = {}
-    for side in sides:
-        inherited = inherited_image if side == "image" else inherited_text
-        found[side] = inherited(model, rule, rows, seed)
+    found: _Cuts = {}
+    if "image" in sides:
+        found["image"] = inherited_image(model, rule, rows, seed)
+    if "text" in sides:
+        found["text"] = inherited_text(model, rule, rows, seed)
     return found
 
 
-def inherited_image(model: Any, rule: InheritConfig, rows: Calibration, seed: int) -> Cut:
+def inherited_image(model: Any, rule: InheritConfig, rows: Calibration, seed: int) -> Cut | Trunk:
     """How a teacher's picture tower is cut, by its kind.
 
     Raises:
         ConfigError: If there is no way for its kind, or the shares do not go together.
     """
-    return plan_cut(model, "image", rule, rows, seed=seed)
+    return plan_trunk(model.visual, rule) or plan_cut(model, "image", rule, rows, seed=seed)
+
+
+def _kept_share(cuts: _Cuts, share: float | None) -> float:
+    """The share of its channels that the picture tower keeps: of a teacher's own CNN, or of a named one."""
+    cut = cuts.get("image")
+    if isinstance(cut, Trunk):
+        return cut.share
+    if share is not None and not 0 < share <= 1:
+        raise ConfigError(f"student.prune: must be a share above 0 and up to 1, got {share}")
+    return 1.0 if share is None else share
 
 
 def inherited_text(model: Any, rule: InheritConfig, rows: Calibration, seed: int) -> Cut:
@@ -307,12 +374,18 @@ def _picture_faults(plan: _Plan, image: ImageTower) -> Iterator[str]:
 
 def _quick_gelu(plan: _Plan) -> list[bool]:
     """Which activation each pretrained tower asks for that minds; else the one of the picture tower's configuration."""
-    image, text, wanted = plan.image, plan.text, [cut.source.quick_gelu for cut in plan.cuts.values()]
+    image, text, wanted = plan.image, plan.text, _cut_quick_gelu(plan.cuts)
     if image is not None and image.quick_gelu is not None and plan.image_init == "pretrained":
         wanted.append(image.quick_gelu or weights.needs_quick_gelu(image.name, plan.pretrained))
     if plan.text_init == "pretrained":
         wanted.append(text.quick_gelu or weights.needs_quick_gelu(text.name, plan.pretrained))
     return wanted or [_teacher_quick_gelu(plan.teacher) if image is None else bool(image.quick_gelu)]
+
+
+def _cut_quick_gelu(cuts: _Cuts) -> list[bool]:
+    """Which activation each transformer tower has that is cut out of the teacher's."""
+    towers = [cuts.get("image"), cuts.get("text")]
+    return [cut.source.quick_gelu for cut in towers if isinstance(cut, Cut)]
 
 
 def _teacher_quick_gelu(teacher: TeacherParts | None) -> bool:

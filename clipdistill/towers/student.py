@@ -23,6 +23,7 @@ from clipdistill.towers import context
 from clipdistill.towers.encoder import SearchedTeacher, Vectors
 from clipdistill.towers.matryoshka import sliced
 from clipdistill.towers.preprocess import Preprocess
+from clipdistill.towers.pruned import NOTE, narrowed, reshape, shapes_of
 from clipdistill.towers.query import TextModel
 from clipdistill.towers.tokenizer import StudentTokenizer, Tokens
 
@@ -53,6 +54,7 @@ class DualEncoder:
         dims: The widths that its embeddings can be cut to, falling, the first its own; none = its own alone.
         searches: The teacher whose pictures it searches; None for a student with a picture tower of its own.
         max_pixels: Pictures that claim more are refused.
+        pruned: Whether its picture tower has fewer channels than the network that ``model_cfg`` names.
     """
 
     def __init__(
@@ -66,10 +68,11 @@ class DualEncoder:
         dims: Sequence[int] = (),
         searches: SearchedTeacher | None = None,
         max_pixels: int = MAX_PIXELS,
+        pruned: bool = False,
     ) -> None:
         self.model: Any = model
         self.tokenizer, self.preprocess, self.projection = tokenizer, preprocess, projection
-        self.searches, self.max_pixels = searches, max_pixels
+        self.searches, self.max_pixels, self.pruned = searches, max_pixels, pruned
         self.module = nn.ModuleDict(
             {"model": model} if projection is None else {"model": model, "projection": projection}
         )
@@ -224,7 +227,8 @@ class DualEncoder:
     def truncate(self, dim: int) -> DualEncoder:
         """A student of its own whose embeddings are this one's first entries, made unit again.
 
-        Its last layers are this student's first rows, so it is smaller, and an ordinary open_clip model.
+        Its last layers are this student's first rows, so it is smaller; a pruned student's is pruned alike, any
+        other's is an ordinary open_clip model.
 
         Args:
             dim: One of ``dims``.
@@ -237,6 +241,9 @@ class DualEncoder:
             raise ConfigError(f"dim: {dim} is not a width that the student was trained for ({known}): student.dims")
         model_cfg = {**self._model_cfg, "embed_dim": dim}
         model = assemble(model_cfg)
+        if self.pruned:
+            whole = shapes_of(assemble(self._model_cfg))
+            reshape(model, narrowed(shapes_of(self.model), whole, shapes_of(model)))
         model.load_state_dict(sliced(self.model.state_dict(), model.state_dict()))
         projection = None
         if self.projection is not None:
@@ -251,12 +258,16 @@ class DualEncoder:
             dims=[width for width in self.dims if width <= dim],
             searches=self.searches,
             max_pixels=self.max_pixels,
+            pruned=self.pruned,
         ).to(self.device)
         narrower.module.eval()
         return narrower
 
     def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
         """Write the student as a folder that open_clip loads as ``local-dir:FOLDER``, unless it is a text tower alone.
+
+        open_clip cannot load a pruned student, whose layers are narrower than those that its configuration names: it
+        stops with ``size mismatch for visual.trunk...``. Its manifest says so under ``pruned``; :meth:`load` reads it.
 
         Args:
             folder: Takes the place of whatever is there, at once and only when all is written.
@@ -275,6 +286,7 @@ class DualEncoder:
                 "teacher_dim": self.teacher_dim,
                 "dims": list(self.dims),
                 "parameters": self.parameters,
+                **({"pruned": NOTE} if self.pruned else {}),
                 "extra": dict(extra or {}),
             }
             manifest.write(aside, _KIND if self.searches is None else _QUERY_KIND, _VERSION, values)
@@ -302,7 +314,10 @@ class DualEncoder:
                 f"{folder}: its model cannot be rebuilt here ({fault}). It was made with {values.get('libraries')}; "
                 f"installed: {manifest.libraries()}"
             ) from fault
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        weights, pruned = load_file(folder / WEIGHTS), "pruned" in values
+        if pruned:
+            reshape(model, {name: value.shape for name, value in weights.items()})
+        model.load_state_dict(weights)
         searches = SearchedTeacher(**config["searches"]) if "searches" in config else None
         projection = None
         if (folder / PROJECTION).exists():
@@ -319,6 +334,7 @@ class DualEncoder:
             dims=values.get("dims", ()),
             searches=searches,
             max_pixels=max_pixels,
+            pruned=pruned,
         )
         if student.fingerprint != values["fingerprint"]:
             raise MismatchError(str(folder), "fingerprint", values["fingerprint"], student.fingerprint, _REMEDY)

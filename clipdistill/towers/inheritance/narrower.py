@@ -12,6 +12,7 @@ from clipdistill.config import InheritConfig
 from clipdistill.towers.inheritance.plan import Calibration, plan_cut
 from clipdistill.towers.inheritance.shape import Shape
 from clipdistill.towers.inheritance.tower import Side
+from clipdistill.towers.pruned import reshape, shapes_of
 from clipdistill.towers.student import DualEncoder, assemble
 
 
@@ -56,6 +57,7 @@ def narrower(
         projection=None if student.projection is None else deepcopy(student.projection).cpu(),
         dims=student.dims,
         max_pixels=student.max_pixels,
+        pruned=student.pruned,
     )
     smaller.module.eval()
     return smaller
@@ -69,4 +71,6 @@ def _fill(model: Any, student: DualEncoder, cuts: Mapping[Side, Any], seed: int)
         if side in cuts:
             cuts[side].fill(tower, range(student.tokenizer.vocab_size), None, seed)
         else:
-            tower.load_state_dict(getattr(student.model, name).state_dict())
+            own = getattr(student.model, name)
+            reshape(tower, shapes_of(own))  # a picture tower may be pruned
+            tower.load_state_dict(own.state_dict())
