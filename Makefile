@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench bench-seeds bench-presets bench-query-side bench-classes bench-mutual bench-inheritance bench-sweep bars clean
+.PHONY: demo test check bench bench-seeds bench-presets bench-query-side bench-classes bench-mutual bench-inheritance bench-pruning bench-sweep bars clean
 
 demo: $(VENV)/.demo
 	$(BIN)/clipdistill demo --json
@@ -35,6 +35,9 @@ bench-classes: $(VENV)/.dev
 
 bench-mutual: $(VENV)/.dev
 	$(BIN)/python benchmarks/mutual.py
+
+bench-pruning: $(VENV)/.dev
+	$(BIN)/python benchmarks/pruning.py
 
 bench-inheritance: $(VENV)/.dev
 	$(BIN)/python benchmarks/inheritance.py --jobs 2
