@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict, cast
+from typing import Any, Literal, cast
 
 import torch
-from open_clip.transformer import QuickGELU
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -19,23 +17,28 @@ from clipdistill.towers import weights
 from clipdistill.towers.blueprint import (
     INHERIT,
     ImageTower,
-    TextTower,
     image_tower,
     student_faults,
     text_tower,
     timm_defaults,
+)
+from clipdistill.towers.choice import (
+    CUT,
+    Choice,
+    TeacherParts,
+    choice_faults,
+    kept_share,
+    plan_cuts,
+    prune_faults,
+    quick_gelus,
 )
 from clipdistill.towers.encoder import SearchedTeacher
 from clipdistill.towers.inherit import teacher_token_table, token_table
 from clipdistill.towers.inheritance.convolutional import (
     Importance,
     prune_channels,
-    pruning_faults,
-    torch_pruning,
 )
-from clipdistill.towers.inheritance.plan import Calibration, Cut, plan_cut, source_ids
-from clipdistill.towers.inheritance.tower import Side
-from clipdistill.towers.inheritance.trunk import Trunk, plan_trunk
+from clipdistill.towers.inheritance.plan import Calibration, source_ids
 from clipdistill.towers.preprocess import Preprocess
 from clipdistill.towers.student import MAX_PIXELS, DualEncoder, assemble, projected_sides, projections, seeded
 from clipdistill.towers.tokenizer import StudentTokenizer, default_backend, teacher_backend
@@ -44,15 +47,7 @@ from clipdistill.towers.vocabulary import prune
 __all__ = ["build_query_student", "build_student", "prune_faults", "student_faults"]
 
 _FIRST_SCALE = 1 / 0.07  # CLIP's own
-_CUT = "cut"  # where the weights of an inherited tower come from
 _TOKENIZER = "clipdistill-student"  # any name will do: open_clip reads a folder's own tokenizer when there is one
-
-
-class TeacherParts(Protocol):
-    """What a student may begin from: its teacher's model and tokenizer."""
-
-    model: Any
-    tokenizer: Any
 
 
 def build_student(
@@ -123,12 +118,12 @@ def build_student(
     faults = list(student_faults(image, text))
     if faults:
         raise ConfigError(faults)
-    cuts = _cuts(image, text, teacher, inherit or InheritConfig(), calibration, seed)
+    cuts = plan_cuts(image, text, teacher, inherit or InheritConfig(), calibration, seed)
     picture = cuts["image"].image_tower(image_size) if "image" in cuts else image_tower(image, dim, image_size)
     words = cuts["text"].text_tower() if "text" in cuts else text_tower(text)
-    first, second = (_CUT if "image" in cuts else image_init), (_CUT if "text" in cuts else text_init)
-    plan = _Plan(picture, words, first, second, pretrained, image_weights, teacher, cuts)
-    faults = list(_choice_faults(plan))
+    first, second = (CUT if "image" in cuts else image_init), (CUT if "text" in cuts else text_init)
+    plan = Choice(picture, words, first, second, pretrained, image_weights, teacher, cuts)
+    faults = list(choice_faults(plan))
     if faults:
         raise ConfigError(faults)
     vocabulary = prune(_backend(plan), texts, size=vocab_size)
@@ -143,7 +138,7 @@ def build_student(
         weights.fill_image(model.visual, picture, image_weights, pretrained)
     _fill_text(model.text, plan, vocabulary.teacher_ids, rotation, seed)
     preprocess, rule = _preprocess(plan, picture), inherit or InheritConfig()
-    share = _kept_share(cuts, share)
+    share = kept_share(cuts, share)
     if share < 1:  # before the student is made, which orders its weights in memory
         pixels = pictures(preprocess) if pictures is not None else torch.zeros(0, 3, 1, 1)
         importance: Importance = "taylor" if rule.importance == "taylor" else "magnitude"
@@ -160,27 +155,6 @@ def build_student(
     )
     student.module.eval()
     return student
-
-
-def prune_faults(image: str) -> Iterator[str]:
-    """Why a named picture tower cannot be pruned, found without its weights: one sentence a fault.
-
-    Args:
-        image: The picture tower's name, as in ``student.image``; a known one.
-
-    Raises:
-        MissingExtraError: If torch-pruning is not installed.
-    """
-    import timm
-
-    name = image_tower(image).timm_name
-    reasons = ["it is not a convolutional network of timm"]
-    if name is not None:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            reasons = list(pruning_faults(timm.create_model(name)))
-    if reasons:
-        yield f"student.prune: {image} cannot be pruned: {'; '.join(reasons)}; leave it out, or name a CNN of timm"
-    torch_pruning()
 
 
 def build_query_student(
@@ -223,8 +197,8 @@ def build_query_student(
     """
     if text == INHERIT:
         raise ConfigError('student.text: "inherit" needs a student with both towers; name a text tower')
-    plan = _Plan(None, text_tower(text), "", text_init, pretrained, None, teacher, {})
-    faults = list(_choice_faults(plan))
+    plan = Choice(None, text_tower(text), "", text_init, pretrained, None, teacher, {})
+    faults = list(choice_faults(plan))
     if faults:
         raise ConfigError(faults)
     vocabulary = prune(_backend(plan), texts, size=vocab_size)
@@ -238,86 +212,7 @@ def build_query_student(
     return student
 
 
-class _Cuts(TypedDict, total=False):
-    """How the towers that are the teacher's own are cut."""
-
-    image: Cut | Trunk
-    text: Cut
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What was chosen, with the towers found; no picture tower where pictures stay the teacher's."""
-
-    image: ImageTower | None
-    text: TextTower
-    image_init: str
-    text_init: str
-    pretrained: str | None
-    image_weights: Path | None
-    teacher: TeacherParts | None
-    cuts: _Cuts
-
-
-def _cuts(
-    image: str,
-    text: str,
-    teacher: TeacherParts | None,
-    rule: InheritConfig,
-    calibration: Calibration | None,
-    seed: int,
-) -> _Cuts:
-    """How the towers that are the teacher's own are cut, by side.
-
-    Raises:
-        ConfigError: If there is no teacher to cut, or it cannot be cut.
-    """
-    named: list[tuple[Side, str]] = [("image", image), ("text", text)]
-    sides = [side for side, name in named if name == INHERIT]
-    if sides and teacher is None:
-        raise ConfigError(
-            f'student.{sides[0]}: "inherit" cuts the tower out of one live teacher (teacher.model), and there is none '
-            "here; name a tower instead"
-        )
-    rows = calibration or Calibration(torch.zeros(0, 3, 1, 1), torch.zeros(0, 1, dtype=torch.long))
-    model = None if teacher is None else teacher.model
-    found: _Cuts = {}
-    if "image" in sides:
-        found["image"] = inherited_image(model, rule, rows, seed)
-    if "text" in sides:
-        found["text"] = inherited_text(model, rule, rows, seed)
-    return found
-
-
-def inherited_image(model: Any, rule: InheritConfig, rows: Calibration, seed: int) -> Cut | Trunk:
-    """How a teacher's picture tower is cut, by its kind.
-
-    Raises:
-        ConfigError: If there is no way for its kind, or the shares do not go together.
-    """
-    return plan_trunk(model.visual, rule) or plan_cut(model, "image", rule, rows, seed=seed)
-
-
-def _kept_share(cuts: _Cuts, share: float | None) -> float:
-    """The share of its channels that the picture tower keeps: of a teacher's own CNN, or of a named one."""
-    cut = cuts.get("image")
-    if isinstance(cut, Trunk):
-        return cut.share
-    if share is not None and not 0 < share <= 1:
-        raise ConfigError(f"student.prune: must be a share above 0 and up to 1, got {share}")
-    return 1.0 if share is None else share
-
-
-def inherited_text(model: Any, rule: InheritConfig, rows: Calibration, seed: int) -> Cut:
-    """How a teacher's text tower is cut.
-
-    Raises:
-        ConfigError: If there is no way for its kind, or the shares do not go together.
-    """
-    return plan_cut(model, "text", rule, rows, seed=seed)
-
-
-def _rotation(plan: _Plan, maps: nn.ModuleDict | None) -> Tensor | None:
+def _rotation(plan: Choice, maps: nn.ModuleDict | None) -> Tensor | None:
     """What maps the teacher's embeddings to the student's space [teacher's dim, dim], where that is another one.
 
     It is the transpose of the student's own map back, so that what was inherited is mapped to where it came from.
@@ -327,81 +222,14 @@ def _rotation(plan: _Plan, maps: nn.ModuleDict | None) -> Tensor | None:
     return maps.get_parameter("image.weight").detach().clone()
 
 
-def _choice_faults(plan: _Plan) -> Iterator[str]:
-    text = plan.text
-    if plan.text_init == "inherit" and (plan.teacher is None or teacher_token_table(plan.teacher.model) is None):
-        yield (
-            'student.text_init: "inherit" takes the token table from a teacher\'s text tower, and there is none here '
-            '(embeddings only, or no table); set student.text_init = "random" or "pretrained"'
-        )
-    if plan.text_init == "pretrained" and not text.loadable:
-        yield (
-            f'student.text_init: "pretrained" needs an open_clip configuration with CLIP\'s own text tower and '
-            f'tokenizer, such as ViT-B-32; {text.name} is not one: set student.text_init = "inherit" or "random"'
-        )
-    if plan.text_init == "pretrained" and plan.pretrained is None:
-        yield f"student.pretrained: missing: the text tower of {text.name} needs an open_clip tag or a file"
-    if plan.image is not None:
-        yield from _picture_faults(plan, plan.image)
-    elif plan.pretrained is not None and plan.text_init != "pretrained":
-        yield (
-            f"student.pretrained: {plan.pretrained!r} is for a pretrained text tower, which {text.name} is not here; "
-            'leave it out, or set student.text_init = "pretrained"'
-        )
-
-
-def _picture_faults(plan: _Plan, image: ImageTower) -> Iterator[str]:
-    text = plan.text
-    asks = (plan.image_init == "pretrained" and image.open_clip_name) or plan.text_init == "pretrained"
-    if plan.pretrained is not None and not asks:
-        yield (
-            f"student.pretrained: {plan.pretrained!r} is for open_clip configurations with pretrained towers, which "
-            f"neither {image.name} nor {text.name} is here; leave it out (timm towers take student.image_weights)"
-        )
-    if plan.image_init == "random" and plan.image_weights is not None:
-        yield 'student.image_weights: given, but student.image_init is "random"; leave one of the two out'
-    if plan.image_init == "pretrained" and plan.image_weights is None and not image.timm_name and not plan.pretrained:
-        yield (
-            f"student.pretrained: missing: {image.name} needs an open_clip tag or a file for its weights; valid: "
-            f'{", ".join(weights.tags(image.name))}; or set student.image_init = "random"'
-        )
-    if len(set(_quick_gelu(plan))) == 2:
-        yield (
-            f"student.text: the towers of {image.name} and {text.name} differ in QuickGELU, which open_clip "
-            "sets for both at once; take both from one configuration"
-        )
-
-
-def _quick_gelu(plan: _Plan) -> list[bool]:
-    """Which activation each pretrained tower asks for that minds; else the one of the picture tower's configuration."""
-    image, text, wanted = plan.image, plan.text, _cut_quick_gelu(plan.cuts)
-    if image is not None and image.quick_gelu is not None and plan.image_init == "pretrained":
-        wanted.append(image.quick_gelu or weights.needs_quick_gelu(image.name, plan.pretrained))
-    if plan.text_init == "pretrained":
-        wanted.append(text.quick_gelu or weights.needs_quick_gelu(text.name, plan.pretrained))
-    return wanted or [_teacher_quick_gelu(plan.teacher) if image is None else bool(image.quick_gelu)]
-
-
-def _cut_quick_gelu(cuts: _Cuts) -> list[bool]:
-    """Which activation each transformer tower has that is cut out of the teacher's."""
-    towers = [cuts.get("image"), cuts.get("text")]
-    return [cut.source.quick_gelu for cut in towers if isinstance(cut, Cut)]
-
-
-def _teacher_quick_gelu(teacher: TeacherParts | None) -> bool:
-    """Whether the teacher's picture tower has QuickGELU, however it came by it: some tags ask for it, some names."""
-    visual = getattr(getattr(teacher, "model", None), "visual", None)
-    return visual is not None and any(isinstance(part, QuickGELU) for part in visual.modules())
-
-
 def _text_model_cfg(
-    plan: _Plan, tokenizer: StudentTokenizer, dim: int, logit_scale: float | None, logit_bias: float | None
+    plan: Choice, tokenizer: StudentTokenizer, dim: int, logit_scale: float | None, logit_bias: float | None
 ) -> dict[str, Any]:
     """The ``model_cfg`` but for the picture tower's part."""
     return {
         "embed_dim": dim,
         "custom_text": True,
-        "quick_gelu": any(_quick_gelu(plan)),
+        "quick_gelu": any(quick_gelus(plan)),
         "init_logit_scale": math.log(_FIRST_SCALE if logit_scale is None else logit_scale),
         **({} if logit_bias is None else {"init_logit_bias": logit_bias}),
         "text_cfg": {
@@ -414,7 +242,7 @@ def _text_model_cfg(
     }
 
 
-def _backend(plan: _Plan) -> Tokenizer:
+def _backend(plan: Choice) -> Tokenizer:
     """The tokenizer that the vocabulary is pruned from: the teacher's; CLIP's where that is not known or not wanted."""
     if plan.teacher is None or plan.text_init == "pretrained":
         return default_backend()
@@ -461,7 +289,7 @@ def _enliven(visual: Any, seed: int) -> None:
             nn.init.normal_(last.weight, std=last.in_features**-0.5)
 
 
-def _fill_text(text: Any, plan: _Plan, teacher_ids: list[int | None], rotation: Tensor | None, seed: int) -> None:
+def _fill_text(text: Any, plan: Choice, teacher_ids: list[int | None], rotation: Tensor | None, seed: int) -> None:
     if "text" in plan.cuts and plan.teacher is not None:
         cut = plan.cuts["text"]
         cut.fill(text, source_ids(cut, plan.teacher.tokenizer, teacher_ids), rotation, seed)
@@ -476,7 +304,7 @@ def _fill_text(text: Any, plan: _Plan, teacher_ids: list[int | None], rotation: 
             text.token_embedding.weight.data.copy_(token_table(table, teacher_ids, width, generator=generator))
 
 
-def _preprocess(plan: _Plan, image: ImageTower) -> Preprocess:
+def _preprocess(plan: Choice, image: ImageTower) -> Preprocess:
     """The tower's own mean, deviation and filter; open_clip's defaults where it has none."""
     import open_clip
 
