@@ -48,7 +48,7 @@ TEACHER_CFG = {
     "vision_cfg": {"image_size": 64, "layers": 4, "width": 128, "patch_size": 16, "head_width": 32},
     "text_cfg": _TEXT,
 }
-LOSS = {"preset": "default", "interactive": 0.0}
+LOSS = {"preset": "default", "affinity": 0.0, "interactive": 0.0}
 _log = logging.getLogger("inheritance")
 
 
@@ -167,8 +167,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--teacher-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--teacher-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=10, help="steps between validations")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--folder", type=Path, default=Path("runs") / "inheritance")

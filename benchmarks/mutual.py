@@ -95,7 +95,7 @@ def compare(reports: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> tuple[dic
 def main() -> None:
     """Run both modes once a seed, and write the paired differences."""
     given = argparse.ArgumentParser(description=__doc__)
-    given.add_argument("--steps", type=int, default=60)
+    given.add_argument("--steps", type=int, default=30)
     given.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     given.add_argument("--freeze", nargs="*", default=list(HEADS_ONLY))
     given.add_argument("--dry", action="store_true", help="print, and write no result")

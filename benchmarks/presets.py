@@ -187,7 +187,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, d
     parser.add_argument("--presets", default=",".join(PRESETS), help="names, with commas; empty = none")
     parser.add_argument("--candidate", nargs=2, action="append", default=[], metavar=("NAME", "WEIGHTS"))
     parser.add_argument("--seeds", default="17,18,19")
-    parser.add_argument("--steps", type=int, default=260)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="for every run")
     parser.add_argument("--folder", type=Path, default=Path("runs") / "presets")

@@ -44,7 +44,7 @@ def report(value=0.25):
 def test_every_preset_is_measured_on_three_seeds_unless_told_otherwise(bench):
     options, losses = bench.parse([])
     assert list(losses) == list(PRESETS)
-    assert (options.seeds, options.steps, options.jobs) == ([17, 18, 19], 260, 1)
+    assert (options.seeds, options.steps, options.jobs) == ([17, 18, 19], 120, 1)
     for name, loss in losses.items():
         assert loss_weights(loss) == PRESETS[name]
 

@@ -27,7 +27,7 @@ def by_hand(batch):
     relations = b.relations(ICL_START, teacher_scale=TEACHER_SCALE)
     everything = oracle.affinity(b.u, b.v, b.p, b.q, START, TEACHER_SCALE)
     return {
-        "default": 8 * cosines + icl,
+        "default": 8 * cosines + icl + everything / 2,
         "clip": task,
         "open_clip": task + oracle.affinity(u, v, p, q, START, TEACHER_SCALE, form="cross_entropy"),
         "tinyclip": oracle.affinity(u, v, p, q, 50.0, 50.0, form="cross_entropy"),

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from clipdistill.config import RunConfig
+from clipdistill.config import RunConfig, StudentConfig
 from clipdistill.core.errors import ConfigError, DataError, MismatchError
 from clipdistill.stages.classify import save_classifier
 from clipdistill.stages.inputs import load_data, open_cache
@@ -165,7 +165,8 @@ def test_saving_the_classifier_takes_the_last_scale_where_nothing_was_scored(tmp
     task = ClassTask(classes_of(["a", "b"], ("{}",), {}), vectors, loss, ClassLabels({}))
     student = little.student()
     student.save(tmp_path / "student")
-    place = SimpleNamespace(training=tmp_path / "training", student=tmp_path / "student")
+    config = SimpleNamespace(student=StudentConfig())
+    place = SimpleNamespace(config=config, training=tmp_path / "training", student=tmp_path / "student")
     with torch.no_grad():
         loss.scale.logit_scale.fill_(np.log(33.0))
     save_classifier(place, task, student)
