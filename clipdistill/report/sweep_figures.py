@@ -74,13 +74,15 @@ def _number_axis(
         axes.plot([xs[best]], [ys[best]], "o", markersize=10, color=INK, fillstyle="none", markeredgewidth=1.6)
         if _is_number(base):
             axes.axvline(base, color=TEACHER, linestyle=(0, (4, 3)), linewidth=1.2)
+            last = base >= max(xs)  # there is no room to the right of it then
             axes.annotate(
                 "configured",
                 (base, 1),
                 xycoords=("data", "axes fraction"),
-                xytext=(4, -2),
+                xytext=(-4 if last else 4, -2),
                 textcoords="offset points",
                 color=TEACHER,
+                ha="right" if last else "left",
                 va="top",
                 fontsize=10,
             )
@@ -228,7 +230,7 @@ def trade_off_figure(trials: Sequence[Values], keys: Sequence[str]) -> Drawing |
     if not keys or len(known) < 2:
         return None
     groups = _groups(known, keys)
-    with panel(_NARROW, 2.9, left=0.14, right=0.94) as (figure, axes):
+    with panel(_NARROW, 2.9, left=0.21, right=0.97) as (figure, axes):
         named = len(groups) <= len(CYCLE)
         for place, (name, group) in enumerate(groups.items()):
             xs, ys = [one["overlap10"] for one in group], [one["success10"] for one in group]
@@ -239,7 +241,7 @@ def trade_off_figure(trials: Sequence[Values], keys: Sequence[str]) -> Drawing |
         axes.set(xlabel="overlap@10 with the teacher", ylabel="success@10")
         axes.margins(0.12)
         if named:
-            axes.legend(loc="upper left", bbox_to_anchor=(-0.14, -0.24), ncols=1, borderaxespad=0, labelspacing=0.3)
+            axes.legend(loc="upper left", bbox_to_anchor=(-0.2, -0.24), ncols=1, borderaxespad=0, labelspacing=0.3)
         words = "overlap@10 and success@10: " + "; ".join(
             f"trial {one['number']} ({name}): {decimal(one['overlap10'])} and {decimal(one['success10'])}"
             for name, group in groups.items()
