@@ -1,9 +1,12 @@
+import dataclasses
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
 
 from clipdistill.config import RunConfig, Section, evaluation_sets, known_sets
+from clipdistill.config.base import Weight
 from clipdistill.core.errors import ConfigError
 
 BASE = {"name": "a", "data": {"train": ["pictures"], "val": "val.csv"}, "teacher": {"model": "ViT-B-32"}}
@@ -219,10 +222,12 @@ def test_the_loss_presets_are_those_of_the_losses():
 
 def test_the_terms_of_the_loss_are_those_of_the_losses():
     from clipdistill.config.loss import TERMS, LossConfig
-    from clipdistill.losses.weights import TERM_WEIGHTS
+    from clipdistill.losses.weights import LossWeights
 
-    assert TERMS == TERM_WEIGHTS
-    assert set(TERMS) <= set(LossConfig.model_fields)
+    numbers = {name for name, field in LossConfig.model_fields.items() if Weight in get_args(field.annotation)}
+    assert set(TERMS) == numbers
+    weights = {field.name: field.default for field in dataclasses.fields(LossWeights)}
+    assert {name: weights[name] for name in TERMS} == dict.fromkeys(TERMS, 0.0)
 
 
 def test_the_losss_own_faults_are_reported_with_the_others(base):

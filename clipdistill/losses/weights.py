@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from clipdistill.config.loss import TERMS
 from clipdistill.core import curves
 from clipdistill.core.errors import ConfigError, suggest
 from clipdistill.losses.affinity import AffinityForm
@@ -15,21 +16,7 @@ from clipdistill.losses.batch import is_scale
 AffinityRows = Literal["all", "pairs"]
 Balance = Literal["fixed", "uncertainty"]
 
-TERM_WEIGHTS = (
-    "clip",
-    "siglip",
-    "affinity",
-    "feature_cosine",
-    "feature_mse",
-    "interactive",
-    "vertical",
-    "cross",
-    "gradient",
-    "augmented_feature",
-    "pseudo_relation",
-    "queue",
-    "masked_feature",
-)
+TERM_WEIGHTS = TERMS
 """The weights among the attributes of :class:`LossWeights`."""
 
 
