@@ -1,0 +1,1 @@
+"""Making a finished student and its index smaller, and measuring what each step costs."""

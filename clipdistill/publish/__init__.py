@@ -1,0 +1,1 @@
+"""Vectors into the databases that services search."""

@@ -1,0 +1,1 @@
+"""The exported student without torch: ONNX Runtime, numpy, Pillow and tokenizers."""
