@@ -17,6 +17,7 @@ from clipdistill.core import files, manifest
 from clipdistill.core.errors import DataError, MismatchError
 from clipdistill.retrieval.exact import Ranking, Vectors, check_unit, exact_scores, exact_top_k, sorted_ranking
 from clipdistill.retrieval.factories import apply_params, default_params, filled_index, resolve_factory, table_bytes
+from clipdistill.retrieval.stored import EXACT_LAYOUTS, exact_vectors
 
 KIND = "index"
 VERSION = 1
@@ -128,6 +129,25 @@ class VectorIndex:
     def keys(self, ranking: Ranking) -> list[list[str]]:
         """The names of the found rows, query by query, best first; padding is left out."""
         return [[self._ids[row] for row in rows if row >= 0] for rows in ranking.ids.tolist()]
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The rows' names, in row order."""
+        return self._ids
+
+    def vectors(self) -> npt.NDArray[np.float32]:
+        """The indexed vectors, the same bits that it was built from: float32 [rows, dim].
+
+        Raises:
+            DataError: If the layout keeps only an approximation of them.
+        """
+        rows = exact_vectors(self._faiss)
+        if rows is None:
+            raise DataError(
+                f"index {self.factory}: it keeps its vectors compressed, not as they were. Build one that keeps them "
+                f"({EXACT_LAYOUTS}), or give the vectors themselves as a .npy file"
+            )
+        return rows
 
     def save(self, folder: str | Path) -> None:
         """Write ``index.faiss``, ``ids.jsonl`` and, last, ``manifest.json``; the folder is replaced as a whole.
