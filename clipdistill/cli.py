@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -180,6 +181,37 @@ def report(config: Run, overrides: Overrides = None, out: Out = None, as_json: J
     make_report(workspace)
     _print(f"report: {workspace.report_html}")
     _finish({"report": str(workspace.report_html)}, as_json)
+
+
+@app.command()
+def publish(
+    index: Annotated[Path, typer.Argument(metavar="INDEX", help="A saved index, or a .npy file with --ids.")],
+    to: Annotated[str, typer.Option("--to", help="pgvector, lancedb or qdrant.")],
+    url: Annotated[
+        str,
+        typer.Option("--url", envvar="CLIPDISTILL_PUBLISH_URL", help="The database; LanceDB and Qdrant: or a folder."),
+    ],
+    table: Annotated[str, typer.Option("--table", help="The table or collection; made where it is missing.")],
+    ids: Annotated[Path | None, typer.Option("--ids", help="The keys of a .npy file, one a line.")] = None,
+    encoder: Annotated[str | None, typer.Option("--encoder", help="The fingerprint of a .npy file's encoder.")] = None,
+    halfvec: Annotated[bool, typer.Option("--halfvec", help="Store float16 (pgvector).")] = False,
+    no_index: Annotated[bool, typer.Option("--no-index", help="Build no approximate index.")] = False,
+    m: Annotated[int, typer.Option("--m", help="HNSW: links a node.")] = 16,
+    ef_construction: Annotated[int, typer.Option("--ef-construction", help="HNSW: effort of building.")] = 64,
+    batch: Annotated[int, typer.Option("--batch", help="Rows a transaction.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Bring vectors with their keys into a database. Start it again after an interruption: it goes on by key."""
+    from clipdistill.publish.databases import publish_to, read_rows
+    from clipdistill.publish.target import Layout
+
+    rows = read_rows(index, ids, encoder)
+    layout = Layout(
+        table, rows.dim, rows.encoder, half=halfvec, index=not no_index, m=m, ef_construction=ef_construction
+    )
+    done = asdict(publish_to(rows, to, url, layout, batch))
+    _print(*(f"{name}: {'none' if value is None else value}" for name, value in done.items()))
+    _finish(done, as_json)
 
 
 @app.command()

@@ -12,7 +12,20 @@ SIGNATURES = {
     "mutual",
     "evaluate": "encoder pairs name teacher index ks seed to_teacher",
 }
-VERBS = ["cache", "demo", "doctor", "evaluate", "index", "inspect", "report", "run", "search", "sweep", "train"]
+VERBS = [
+    "cache",
+    "demo",
+    "doctor",
+    "evaluate",
+    "index",
+    "inspect",
+    "publish",
+    "report",
+    "run",
+    "search",
+    "sweep",
+    "train",
+]
 
 
 def test_the_public_names():
