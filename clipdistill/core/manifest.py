@@ -60,7 +60,7 @@ def read(folder: Path, kind: str | tuple[str, ...], version: int, remedy: str) -
     kinds = (kind,) if isinstance(kind, str) else kind
     try:
         manifest = files.read_json(folder / NAME)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{folder}: no {NAME}: this {kinds[0]} was not finished, or it is another folder. {remedy}"
         ) from None

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from clipdistill.core.errors import DataError
+from clipdistill.data.pictures import decode
+from clipdistill.data.records import Picture
 
 Pixels = npt.NDArray[np.uint8]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -131,6 +133,21 @@ class Preprocess:
         """Prepare one decoded RGB picture: float32 of shape [3, height, width], as open_clip's evaluation transform."""
         return self.normalise(self.pixels(image))
 
+    def read(self, pictures: Sequence[Picture], max_pixels: int) -> npt.NDArray[np.float32]:
+        """Read, decode and prepare pictures: the one way from a file to a tower, with torch and without.
+
+        Args:
+            pictures: At least one.
+            max_pixels: Pictures that claim more are refused.
+
+        Returns:
+            float32 of shape [pictures, 3, height, width].
+
+        Raises:
+            DataError: If a picture cannot be read or decoded, naming it.
+        """
+        return self.normalise(np.stack([self.pixels(_decoded(picture, max_pixels)) for picture in pictures]))
+
     @property
     def _filter(self) -> Image.Resampling:
         # open_clip passes no interpolation on for a shortest-edge resize to a size that is not square
@@ -167,6 +184,14 @@ class Preprocess:
         # across and then down, as Pillow does with the whole strip; given both at once it may choose the other order
         part = part.resize((self.size[1], part.height), self._filter, box=(x0 - near, 0, x1 - near, part.height))
         return part.resize(self.size[::-1], self._filter, box=(0, y0 - up, self.size[1], y1 - up))
+
+
+def _decoded(picture: Picture, max_pixels: int) -> Image.Image:
+    try:
+        data = picture.read()
+    except OSError as fault:
+        raise DataError(f"{picture.origin}: cannot be read: {fault.strerror or fault}") from fault
+    return decode(data, max_pixels, picture.origin)
 
 
 def _check(field: str, value: object, valid: Sequence[str]) -> None:

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from clipdistill.core import files, fingerprint, manifest
 from clipdistill.core.errors import ConfigError, DataError, MismatchError
-from clipdistill.data.pictures import decode
 from clipdistill.data.records import Picture
 from clipdistill.towers import context
 from clipdistill.towers.encoder import SearchedTeacher, Vectors
@@ -25,7 +24,7 @@ from clipdistill.towers.matryoshka import sliced
 from clipdistill.towers.preprocess import Preprocess
 from clipdistill.towers.pruned import NOTE, narrowed, reshape, shapes_of
 from clipdistill.towers.query import TextModel
-from clipdistill.towers.tokenizer import StudentTokenizer, Tokens
+from clipdistill.towers.tokenizer import StudentTokenizer
 
 Side = Literal["image", "text"]
 Item = TypeVar("Item")
@@ -35,7 +34,6 @@ MAX_PIXELS = 100_000_000
 _KIND, _QUERY_KIND, _VERSION = "student", "query-student", 1
 _REMEDY = "Train the student again, or copy its folder again from where it was made."
 _MOMENTUM = 0.1  # TensorFlow's networks come with 0.01, with which a short run evaluates on stale statistics
-_TEXTS_AT_ONCE = 1 << 16
 
 
 class DualEncoder:
@@ -183,7 +181,7 @@ class DualEncoder:
         with _evaluating(self.module):
             for start in range(0, len(pictures), batch):
                 part = pictures[start : start + batch]
-                pixels = preprocess.normalise(np.stack([self._pixels(picture, preprocess) for picture in part]))
+                pixels = preprocess.read(part, self.max_pixels)
                 embedded = self.embed_pixels(torch.from_numpy(pixels).to(self.device))
                 vectors[start : start + len(part)] = _numpy(embedded)
         return vectors
@@ -198,10 +196,8 @@ class DualEncoder:
         """
         vectors = np.zeros((len(texts), self.dim), np.float32)
         with _evaluating(self.module):
-            for start in range(0, len(texts), _TEXTS_AT_ONCE):
-                tokens = self.tokenizer.encode(texts[start : start + _TEXTS_AT_ONCE])
-                for rows, part in _by_length(tokens, batch):
-                    vectors[start + rows] = _numpy(self.embed_tokens(torch.from_numpy(part).to(self.device)))
+            for rows, tokens in self.tokenizer.by_length(texts, batch):
+                vectors[rows] = _numpy(self.embed_tokens(torch.from_numpy(tokens).to(self.device)))
         return vectors
 
     def set_scale(self, scale: float, bias: float | None = None) -> None:
@@ -363,13 +359,6 @@ class DualEncoder:
             )
         return self.preprocess
 
-    def _pixels(self, picture: Picture, preprocess: Preprocess) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        try:
-            data = picture.read()
-        except OSError as fault:
-            raise DataError(f"{picture.origin}: cannot be read: {fault.strerror or fault}") from fault
-        return preprocess.pixels(decode(data, self.max_pixels, picture.origin))
-
 
 def assemble(model_cfg: Mapping[str, Any], seed: int = 0) -> nn.Module:
     """Make a model by open_clip's own class, as open_clip itself would from the saved configuration.
@@ -446,15 +435,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
-
-
-def _by_length(tokens: Tokens, batch: int) -> Iterator[tuple[np.ndarray[Any, Any], Tokens]]:
-    """Batches of texts of like length: their row numbers, and their tokens up to the last end token."""
-    lengths = tokens.argmax(axis=1) + 1  # the end token's id is the largest; a text may spell out the padding's name
-    order = np.argsort(lengths, kind="stable")
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        yield rows, np.ascontiguousarray(tokens[rows, : int(lengths[rows].max())])
 
 
 def _numpy(rows: Tensor) -> Vectors:

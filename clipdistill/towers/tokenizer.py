@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _SPECIAL = {"pad_token": PAD, "bos_token": START, "eos_token": END}
 
 _CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+_TEXTS_AT_ONCE = 1 << 16
 
 Tokens = npt.NDArray[np.int64]
 
@@ -78,6 +80,33 @@ class StudentTokenizer:
             row[: len(ids)] = ids
         return tokens
 
+    def by_length(self, texts: Sequence[str], batch: int) -> Iterator[tuple[npt.NDArray[np.intp], Tokens]]:
+        """Texts as batches of like length, so that little of a batch is padding.
+
+        Args:
+            texts: What to encode.
+            batch: The most texts in a batch.
+
+        Yields:
+            The places of the batch's texts in ``texts``, and their tokens [texts, length] up to the last end token.
+
+        Raises:
+            ValueError: If ``batch`` is below 1.
+        """
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1: got {batch}")
+        for first in range(0, len(texts), _TEXTS_AT_ONCE):
+            tokens = self.encode(texts[first : first + _TEXTS_AT_ONCE])
+            lengths = _lengths(tokens)
+            order = np.argsort(lengths, kind="stable")
+            for start in range(0, len(order), batch):
+                rows = order[start : start + batch]
+                yield first + rows, np.ascontiguousarray(tokens[rows, : int(lengths[rows].max())])
+
+    def mask(self, tokens: Tokens) -> Tokens:
+        """Which tokens are a text's own, its end token included: int64 [texts, length] of 1, and 0 for padding."""
+        return (np.arange(tokens.shape[1]) < _lengths(tokens)[:, None]).astype(np.int64)
+
     def pieces(self, text: str) -> list[str]:
         """The pieces of one text as the vocabulary spells them, start and end included."""
         return list(self._backend.encode(characters(text)).tokens)
@@ -120,6 +149,11 @@ class StudentTokenizer:
         except Exception as fault:  # the Rust library raises plain Exception on a file that it cannot parse
             raise DataError(f"{folder}: its tokenizer cannot be read: {fault}") from fault
         return StudentTokenizer(backend, context_length)
+
+
+def _lengths(tokens: Tokens) -> npt.NDArray[np.intp]:
+    """How many tokens each text has: the end token's id is the largest; a text may spell out the padding's name."""
+    return np.asarray(tokens.argmax(axis=1) + 1)
 
 
 def default_backend() -> Tokenizer:

@@ -79,7 +79,7 @@ def test_batch_size_changes_nothing_but_rounding(student):
 
 def test_texts_beyond_one_round_of_tokenizing_are_placed_right(student, monkeypatch):
     whole = student.encode_texts(TEXTS)
-    monkeypatch.setattr("clipdistill.towers.student._TEXTS_AT_ONCE", 7)
+    monkeypatch.setattr("clipdistill.towers.tokenizer._TEXTS_AT_ONCE", 7)
     assert np.abs(student.encode_texts(TEXTS, batch=3) - whole).max() < 1e-5
 
 
