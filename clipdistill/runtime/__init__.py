@@ -1,1 +1,5 @@
 """The exported student without torch: ONNX Runtime, numpy, Pillow and tokenizers."""
+
+from clipdistill.runtime.encoder import RuntimeEncoder
+
+__all__ = ["RuntimeEncoder"]
