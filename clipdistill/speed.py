@@ -25,7 +25,12 @@ class Speed:
 
 
 def compare_speed(
-    encoders: Mapping[str, Encoder], pictures: Sequence[Picture], texts: Sequence[str], *, repeats: int = 3
+    encoders: Mapping[str, Encoder],
+    pictures: Sequence[Picture],
+    texts: Sequence[str],
+    *,
+    repeats: int = 3,
+    batch: int | None = None,
 ) -> dict[str, Speed]:
     """Time encoders on the same pictures and texts, in turn, after a warm-up.
 
@@ -34,6 +39,7 @@ def compare_speed(
         pictures: What to embed; none = that rate is 0.
         texts: What to embed; none = that rate is 0.
         repeats: How often each is timed; the median counts.
+        batch: How many go through a network at once; None = each encoder's own choice.
 
     Returns:
         The rates by the encoders' names.
@@ -51,6 +57,7 @@ def compare_speed(
                     seconds[name].append(time.perf_counter() - started)
         return {name: count / statistics.median(values) for name, values in seconds.items()}
 
-    images = rates(lambda encoder: encoder.encode_images(pictures), len(pictures))
-    words = rates(lambda encoder: encoder.encode_texts(texts), len(texts))
+    size = {} if batch is None else {"batch": batch}
+    images = rates(lambda encoder: encoder.encode_images(pictures, **size), len(pictures))
+    words = rates(lambda encoder: encoder.encode_texts(texts, **size), len(texts))
     return {name: Speed(images[name], words[name]) for name in encoders}

@@ -27,8 +27,8 @@ class RuntimeEncoder:
 
     Make one with :meth:`load`. It may be used from several threads at once.
 
-    A text tower alone is an encoder for the teacher's index, by :class:`clipdistill.search.QuerySide`, as the student
-    is that it was exported from: its embeddings are in the teacher's space already.
+    Of a text tower alone the export ends in the teacher's space and carries the teacher's fingerprint, so that it
+    searches the teacher's index as it is; with the live teacher for pictures, by :class:`clipdistill.search.QuerySide`.
 
     With int8 a graph scales its activations by the largest of the whole batch, so that there a row also depends, within
     the precision of 8 bits, on the others that it went through the graph with; ``batch=1`` makes it independent.
@@ -84,7 +84,7 @@ class RuntimeEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """The exported student's: an index that was built with the student is searched with its export."""
+        """What an index for it carries: the exported student's, or for a text tower alone its teacher's."""
         return self._folder.encoder
 
     @property

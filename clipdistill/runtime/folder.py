@@ -27,7 +27,7 @@ class ExportFolder:
 
     Attributes:
         path: The folder.
-        encoder: The fingerprint of the student.
+        encoder: The fingerprint that an index for it carries.
         dim: The width of the embeddings.
         context_length: How many tokens a text is cut to.
         preprocess: How pictures are prepared; None for a text tower alone.

@@ -142,10 +142,10 @@ def test_a_text_tower_alone_searches_the_teachers_index_and_refuses_pictures(tmp
         alone.encode_images(PICTURES)
     rows = tiny_export.unit(np.random.default_rng(0).standard_normal((9, tiny_export.DIM))).astype(np.float32)
     index = VectorIndex.build(rows, list("abcdefghi"), encoder=tiny_export.TEACHER)
-    side = QuerySide(alone)
-    assert (side.dim, side.fingerprint, alone.fingerprint) == (6, tiny_export.TEACHER, tiny_export.ENCODER)
     best = (rows @ expected_texts(weights, ["a cat"])[0]).argmax()
-    assert Searcher(side, index).by_text("a cat", k=1)[0].key == "abcdefghi"[best]
+    for side in (alone, QuerySide(alone)):
+        assert (side.dim, side.fingerprint) == (tiny_export.DIM, tiny_export.TEACHER)
+        assert Searcher(side, index).by_text("a cat", k=1)[0].key == "abcdefghi"[best]
 
 
 def test_a_student_with_both_towers_is_no_query_side(encoder):

@@ -122,7 +122,7 @@ def write(folder: Path, *, precisions: Sequence[str] = ("fp32",), pictures: bool
 
 
 def alone() -> dict[str, Any]:
-    return {"preprocess": None, "searches": {"name": "big", "fingerprint": TEACHER}}
+    return {"encoder": TEACHER, "preprocess": None, "searches": {"name": "big", "fingerprint": TEACHER}}
 
 
 def sign(folder: Path, **changes: Any) -> None:
