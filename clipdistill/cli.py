@@ -139,6 +139,22 @@ def index(
 
 
 @app.command()
+def compress(
+    config: Run, overrides: Overrides = None, out: Out = None, force: Force = False, as_json: Json = False
+) -> None:
+    """Find the smallest width and index that keep compress.target, and say what each step costs in recall."""
+    from clipdistill.report.compression import budget_summary
+    from clipdistill.stages.run import run as run_until
+
+    workspace = _workspace(config, overrides, out)
+    budget = run_until(workspace, until="compress", force=force)
+    _print(*budget_summary(budget), f"compressed: {workspace.compressed}")
+    _finish(budget, as_json)
+    if not budget["met"]:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
 def search(
     config: Run,
     query: Annotated[str, typer.Argument(help="A text, or the path of a picture.")],

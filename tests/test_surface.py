@@ -14,6 +14,7 @@ SIGNATURES = {
 }
 VERBS = [
     "cache",
+    "compress",
     "demo",
     "doctor",
     "evaluate",

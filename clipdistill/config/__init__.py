@@ -4,6 +4,7 @@ Imports no torch: ``clipdistill --help`` and a faulty file answer at once.
 """
 
 from clipdistill.config.base import Section
+from clipdistill.config.compress import CompressConfig, TargetConfig
 from clipdistill.config.data import DataConfig, HoldOut, SourceConfig, Sources
 from clipdistill.config.features import BlockConfig, FeaturesConfig
 from clipdistill.config.loss import LossConfig
@@ -18,6 +19,7 @@ from clipdistill.config.train import MutualConfig, TrainConfig
 __all__ = [
     "BlockConfig",
     "CacheConfig",
+    "CompressConfig",
     "DataConfig",
     "EvaluateConfig",
     "FeaturesConfig",
@@ -35,6 +37,7 @@ __all__ = [
     "Sources",
     "StudentConfig",
     "SweepConfig",
+    "TargetConfig",
     "TaskConfig",
     "TeacherConfig",
     "TrainConfig",

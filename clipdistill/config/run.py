@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import model_validator
 
 from clipdistill.config.base import Section
+from clipdistill.config.compress import CompressConfig
 from clipdistill.config.data import DataConfig
 from clipdistill.config.features import FeaturesConfig, feature_faults
 from clipdistill.config.loss import LossConfig
@@ -45,6 +46,7 @@ class RunConfig(Section):
     index: IndexConfig = IndexConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
+    compress: CompressConfig = CompressConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -60,6 +62,7 @@ class RunConfig(Section):
             _ensemble_faults,
             _query_side_faults,
             _task_faults,
+            _compress_faults,
         )
         faults = [fault for check in checks for fault in check(self)]
         if faults:
@@ -313,3 +316,14 @@ def _validated(raw: dict[str, Any], base: Path, checks: Sequence[Check], faults:
         raise ConfigError(dict.fromkeys(faults))
     whole: RunConfig = config.model_copy(update=anchored(config, base))
     return whole
+
+
+def _compress_faults(config: RunConfig) -> Iterator[str]:
+    dims = config.compress.dims
+    if any(wide <= narrow for wide, narrow in pairwise(dims)):
+        yield f"compress.dims: must fall, got {list(dims)}"
+    for key in ("factories", "rotations"):
+        if not getattr(config.compress, key):
+            yield f"compress.{key}: nothing to try; name one or more, or leave it out"
+    if config.student.image == "teacher" and dims:
+        yield 'compress.dims: does not go with student.image = "teacher": the index is the teacher\'s; leave it out'

@@ -16,6 +16,7 @@ from clipdistill.evaluation import RetrievalReport
 from clipdistill.report import tables
 from clipdistill.report.classes import MEASURES as CLASS_MEASURES
 from clipdistill.report.classes import class_headline, class_tables
+from clipdistill.report.compression import compression_section
 from clipdistill.report.figures import Size, recall_budget, size_against_recall, training_curves
 from clipdistill.report.members import member_headings, member_tables
 from clipdistill.report.panel import Drawing
@@ -61,6 +62,7 @@ def write_report(
     pictures: Mapping[str, Picture],
     *,
     strips: int,
+    budget: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the page of a run: the same inputs give the same bytes.
 
@@ -71,11 +73,12 @@ def write_report(
         pictures: The pictures by key; only those that are shown are read, and a placeholder stands for one that is
             missing or cannot be decoded.
         strips: How many of the best and of the worst queries of each set are shown with their pictures.
+        budget: The compression's ``budget.json``, schema ``clipdistill.recall-budget/1``; None where there is none.
 
     Raises:
         MismatchError: If the report's ``evaluation`` is of another schema.
     """
-    files.write_text(path, render(report, metrics, pictures, strips=strips))
+    files.write_text(path, render(report, metrics, pictures, strips=strips, budget=budget))
 
 
 def render(
@@ -84,6 +87,7 @@ def render(
     pictures: Mapping[str, Picture],
     *,
     strips: int,
+    budget: Mapping[str, Any] | None = None,
 ) -> str:
     """The page that :func:`write_report` writes, as text."""
     retrieval = RetrievalReport.from_json(report["evaluation"])
@@ -103,6 +107,7 @@ def render(
             classified=class_tables(report),
             class_measures=CLASS_MEASURES,
             budgets=_budgets(results),
+            compression=None if budget is None else compression_section(budget),
             sizes=_size_figure(report, results),
             teacher=tables.both(report, "sizes")[0].get("name") or TEACHER,
             comparisons=tables.comparisons(report),

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from clipdistill.core.errors import ConfigError
 
-EXAMPLES = "Flat; IVF1024,Flat; HNSW32; SQ8; IVF1024,PQ128x4fs,RFlat; or auto"
+EXAMPLES = "Flat; IVF1024,Flat; HNSW32; SQ8; IVF1024,PQ128x4fs,RFlat; RaBitQ; Binary,Refine(SQ8); or auto"
 
 AUTO: Final[tuple[tuple[float, str], ...]] = (
     (200_000, "Flat"),
@@ -38,6 +38,7 @@ _TRAINING_POINTS_A_CELL = 39  # where FAISS begins to warn
 _TOO_FEW = re.compile(
     r"Number of training points \((\d+)\) should be at least as large as number of clusters \((\d+)\)"
 )
+_BINARY = re.compile(r"Binary(?:,(?:(RFlat)|Refine\((.+)\)))?")
 _log = logging.getLogger("clipdistill")
 
 
@@ -70,13 +71,40 @@ def filled_index(factory: str, vectors: npt.NDArray[np.float32]) -> Any:
         ConfigError: If the string is not valid, does not search by inner product, or needs more vectors to train on.
     """
     try:
-        index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        index = _made(factory, vectors.shape[1])
         _check_metric(index, factory)
         _prepare_training(index, factory, len(vectors))
         index.train(vectors)
         index.add(vectors)
     except RuntimeError as fault:
         raise ConfigError(_explained(factory, str(fault))) from fault
+    return index
+
+
+def _made(factory: str, dim: int) -> Any:
+    binary = _BINARY.fullmatch(factory)
+    if binary is None:
+        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    return _binary(factory, "Flat" if binary[1] else binary[2], dim)
+
+
+def _binary(factory: str, store: str | None, dim: int) -> Any:
+    """Sign bits searched by Hamming distance, and what is found rescored with what ``store`` keeps of the vectors.
+
+    FAISS's own name for the bits (LSH) goes with L2 alone, because it returns Hamming distances. Under a refinement
+    they are never returned: they choose the candidates, and inner products with the stored rows order them.
+    """
+    if store is None:
+        raise ConfigError(
+            f"index.factory: {factory!r} has Hamming distances and no scores. Say what rescores: Binary,Refine(SQ8)"
+        )
+    bits: Any = faiss.IndexLSH(dim, dim, False, False)  # no random rotation, no thresholds: the signs themselves
+    bits.metric_type = faiss.METRIC_INNER_PRODUCT
+    stored: Any = faiss.index_factory(dim, store, faiss.METRIC_INNER_PRODUCT)
+    index = faiss.IndexRefine(bits, stored)
+    bits.this.disown()
+    stored.this.disown()
+    index.own_fields = index.own_refine_index = True
     return index
 
 

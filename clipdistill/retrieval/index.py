@@ -99,6 +99,37 @@ class VectorIndex:
         """The width of the vectors."""
         return int(self._faiss.d)
 
+    @property
+    def bytes_per_vector(self) -> float:
+        """The bytes of the index as it lies on disk, divided by its vectors.
+
+        Codes, what is stored for rescoring, codebooks and coarse cells are all in it; the rows' names are not.
+        """
+        return float(len(faiss.serialize_index(self._faiss))) / len(self)
+
+    def refilled(self, vectors: Vectors, ids: Sequence[str]) -> VectorIndex:
+        """An index with this one's codebooks, cells and search parameters that holds other vectors of the same encoder.
+
+        Args:
+            vectors: Unit rows [n, dim].
+            ids: The rows' names, each once.
+
+        Raises:
+            DataError: If there are no vectors, rows are not of unit length, or names are missing or repeated.
+            MismatchError: If the vectors have another width.
+        """
+        check_unit(vectors, "index vectors")
+        _check_ids(ids, len(vectors))
+        if vectors.shape[1] != self.dim:
+            raise MismatchError("index vectors", "dim", self.dim, vectors.shape[1], "Encode them with its encoder")
+        index = faiss.deserialize_index(faiss.serialize_index(self._faiss))
+        index.reset()
+        index.add(np.ascontiguousarray(vectors, np.float32))
+        apply_params(index, self.search_params, self.factory)
+        return VectorIndex(
+            index, ids, factory=self.factory, requested=self.requested, encoder=self.encoder, params=self.search_params
+        )
+
     def search(self, queries: Vectors, k: int) -> Ranking:
         """The k nearest rows of each query as the index finds them; equal scores in ascending row order.
 

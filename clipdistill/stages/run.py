@@ -8,6 +8,7 @@ from clipdistill.core import files
 from clipdistill.core.errors import DataError
 from clipdistill.report.html import write_report
 from clipdistill.stages.blocks import check_blocks
+from clipdistill.stages.compress import compress
 from clipdistill.stages.evaluate import evaluate
 from clipdistill.stages.index import build_index
 from clipdistill.stages.inputs import RunData, load_data, open_cache
@@ -26,7 +27,8 @@ def run(
 
     Args:
         workspace: The run.
-        until: The last stage: one of ``STAGES``.
+        until: The last stage: one of ``STAGES``, or ``compress``, which comes after ``train`` and is made only if asked
+            for.
         force: Make that stage again although it is done; the stages before it are kept.
         on_log: Called with each line of the training's metrics; what it raises ends the training.
 
@@ -55,6 +57,11 @@ def run(
         index = build_index(workspace, data, cache, student, force=force)
         return {"folder": str(workspace.index), "vectors": len(index), "factory": index.factory}
     teacher = whole_teacher(workspace.config, teachers)
+    if until == "compress":
+        budget = compress(workspace, data, cache, student, teacher, force=force)
+        if workspace.report_json.exists():
+            make_report(workspace, data)
+        return budget
     report = evaluate(workspace, data, cache, student, teacher, force=force)
     if until == "evaluate":
         return report
@@ -69,10 +76,10 @@ def run_all(workspace: Workspace, *, force: bool = False) -> dict[str, Any]:
     The teacher cache in a folder of its own (``cache.folder``) is kept even then: it may serve other runs.
     """
     if force:
-        for stage in STAGES:
+        for stage in (*STAGES, "compress"):
             workspace.note(stage).unlink(missing_ok=True)
         made = (workspace.training, workspace.student, workspace.combined, workspace.mutual, workspace.index)
-        for path in (*made, workspace.folder / "cache"):
+        for path in (*made, workspace.compressed, workspace.folder / "cache"):
             _remove(path)
     return run(workspace)
 
@@ -88,8 +95,16 @@ def make_report(workspace: Workspace, data: RunData | None = None) -> None:
     rows = data or load_data(workspace)
     pictures = {pair.key: pair.picture for pair in rows.pairs if pair.picture is not None}
     report = files.read_json(workspace.report_json)
-    strips = workspace.config.report.strips
-    write_report(workspace.report_html, report, read_metrics(workspace), pictures, strips=strips)
+    strips, budget = workspace.config.report.strips, _budget(workspace, report)
+    write_report(workspace.report_html, report, read_metrics(workspace), pictures, strips=strips, budget=budget)
+
+
+def _budget(workspace: Workspace, report: dict[str, Any]) -> dict[str, Any] | None:
+    """The recall budget of the compressed student; None where there is none of the student that was evaluated."""
+    if not workspace.budget_json.exists():
+        return None
+    budget = dict(files.read_json(workspace.budget_json))
+    return budget if budget["student_fingerprint"] == report.get("student_fingerprint") else None
 
 
 def _best(workspace: Workspace) -> dict[str, Any]:

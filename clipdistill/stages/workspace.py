@@ -71,6 +71,16 @@ class Workspace:
         return self.folder / "index"
 
     @property
+    def compressed(self) -> Path:
+        """The smallest student and index that keep the target, with the recall budget."""
+        return self.folder / "compressed"
+
+    @property
+    def budget_json(self) -> Path:
+        """What each step from the teacher to the compressed index costs."""
+        return self.compressed / "budget.json"
+
+    @property
     def report_json(self) -> Path:
         """All measured figures."""
         return self.folder / "report.json"

@@ -6,7 +6,7 @@ columns. Begun with the teacher's principal axes, the first columns hold the mos
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +49,7 @@ def principal_axes(rows: npt.NDArray[np.float32], dim: int) -> Tensor:
 
 
 def sliced(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a network with a narrower last layer, from those of the wider one.
+    """The weights of a network with a narrower last layer, from those of the wider one: its first entries.
 
     Args:
         weights: The wider network's.
@@ -58,6 +58,38 @@ def sliced(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[
     Raises:
         ConfigError: If the two differ in more than one axis of some tensor: then the last layer is not one linear map.
     """
+    return _narrowed(weights, wanted, lambda value, axis, size: value.narrow(axis, 0, size))
+
+
+def rotated(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], axes: Tensor) -> dict[str, Tensor]:
+    """The weights of a network whose outputs are the wider one's, projected on some axes.
+
+    Args:
+        weights: The wider network's.
+        wanted: The narrower network's own, which say the shapes.
+        axes: The axes [dim, narrower], orthonormal columns, of the space of the outputs.
+
+    Raises:
+        ConfigError: If the last layer is not one linear map from or to a space of this width.
+    """
+
+    def project(value: Tensor, axis: int, size: int) -> Tensor:
+        if (value.shape[axis], size) != axes.shape:
+            raise ConfigError(
+                f"student: a layer of {list(value.shape)} cannot be projected by axes of {list(axes.shape)}: its last "
+                "layer is not one linear map. Choose a tower with a linear projection"
+            )
+        moved = torch.tensordot(value.double(), axes.double().to(value.device), dims=([axis], [0]))
+        projected: Tensor = moved.movedim(-1, axis).to(value.dtype)
+        return projected
+
+    return _narrowed(weights, wanted, project)
+
+
+def _narrowed(
+    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], narrow: Callable[[Tensor, int, int], Tensor]
+) -> dict[str, Tensor]:
+    """Each tensor as it is where the shapes agree, and else narrowed along the one axis in which they differ."""
     found: dict[str, Tensor] = {}
     for name, like in wanted.items():
         value = weights[name]
@@ -67,5 +99,5 @@ def sliced(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[
                 f"student: {name} is {list(value.shape)} and would be {list(like.shape)} in the narrower student: its "
                 "last layer is not one linear map, so it cannot be cut. Choose a tower with a linear projection"
             )
-        found[name] = value[tuple(slice(0, size) for size in like.shape)].contiguous()
+        found[name] = (narrow(value, differing[0], like.shape[differing[0]]) if differing else value).contiguous()
     return found

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +21,7 @@ from clipdistill.core.errors import ConfigError, DataError, MismatchError
 from clipdistill.data.records import Picture
 from clipdistill.towers import context
 from clipdistill.towers.encoder import SearchedTeacher, Vectors
-from clipdistill.towers.matryoshka import sliced
+from clipdistill.towers.matryoshka import rotated, sliced
 from clipdistill.towers.preprocess import Preprocess
 from clipdistill.towers.pruned import NOTE, narrowed, reshape, shapes_of
 from clipdistill.towers.query import TextModel
@@ -28,6 +29,7 @@ from clipdistill.towers.tokenizer import StudentTokenizer
 
 Side = Literal["image", "text"]
 Item = TypeVar("Item")
+_Narrow = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
 
 CONFIG, WEIGHTS, PROJECTION = "open_clip_config.json", "open_clip_model.safetensors", "projection.safetensors"
 MAX_PIXELS = 100_000_000
@@ -235,23 +237,45 @@ class DualEncoder:
         if dim not in self.dims:
             known = ", ".join(map(str, self.dims))
             raise ConfigError(f"dim: {dim} is not a width that the student was trained for ({known}): student.dims")
+        return self._narrower(dim, sliced, [width for width in self.dims if width <= dim])
+
+    def rotate(self, axes: Tensor) -> DualEncoder:
+        """A student of its own whose embeddings are this one's, projected on some axes and made unit again.
+
+        The axes go into its last layers, so it is smaller and no slower. They need not be those of a width that it was
+        trained for: principal axes of its embeddings lose the least.
+
+        Args:
+            axes: float [dim, narrower], orthonormal columns.
+
+        Raises:
+            ConfigError: If the axes do not fit, or its last layers are not linear maps.
+        """
+        if axes.ndim != 2 or len(axes) != self.dim or not 1 <= axes.shape[1] < self.dim:
+            raise ConfigError(
+                f"axes: {list(axes.shape)} do not narrow embeddings of {self.dim}: give [{self.dim}, fewer]"
+            )
+        return self._narrower(axes.shape[1], partial(rotated, axes=axes), [axes.shape[1]])
+
+    def _narrower(self, dim: int, narrow: _Narrow, dims: Sequence[int]) -> DualEncoder:
+        """A student of ``dim`` whose last layers are this one's, made narrower."""
         model_cfg = {**self._model_cfg, "embed_dim": dim}
         model = assemble(model_cfg)
         if self.pruned:
             whole = shapes_of(assemble(self._model_cfg))
             reshape(model, narrowed(shapes_of(self.model), whole, shapes_of(model)))
-        model.load_state_dict(sliced(self.model.state_dict(), model.state_dict()))
+        model.load_state_dict(narrow(self.model.state_dict(), model.state_dict()))
         projection = None
         if self.projection is not None:
             projection = projections(dim, self.teacher_dim, sides=projected_sides(self.searches))
-            projection.load_state_dict(sliced(self.projection.state_dict(), projection.state_dict()))
+            projection.load_state_dict(narrow(self.projection.state_dict(), projection.state_dict()))
         narrower = DualEncoder(
             model,
             model_cfg,
             self.tokenizer,
             self.preprocess,
             projection=projection,
-            dims=[width for width in self.dims if width <= dim],
+            dims=dims,
             searches=self.searches,
             max_pixels=self.max_pixels,
             pruned=self.pruned,
