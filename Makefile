@@ -39,6 +39,9 @@ bench-mutual: $(VENV)/.dev
 bench-pruning: $(VENV)/.dev
 	$(BIN)/python benchmarks/pruning.py
 
+bench-compression: $(VENV)/.dev
+	$(BIN)/python benchmarks/compression_budget.py
+
 bench-inheritance: $(VENV)/.dev
 	$(BIN)/python benchmarks/inheritance.py --jobs 2
 

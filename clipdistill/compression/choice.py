@@ -10,7 +10,7 @@ import numpy as np
 from clipdistill.compression.budget import Asked, Sides, Step, ranking, success_of
 from clipdistill.compression.truncation import Cut
 from clipdistill.config import TargetConfig
-from clipdistill.core.errors import ConfigError
+from clipdistill.core.errors import ConfigError, DataError
 from clipdistill.retrieval import measures
 from clipdistill.retrieval.exact import Vectors, exact_top_k
 from clipdistill.retrieval.index import VectorIndex
@@ -95,7 +95,7 @@ def try_all(
 
     Raises:
         ConfigError: If none can be made.
-        ValueError: If the set has no ground truth, or nothing of it is found by the target's whole.
+        DataError: If the set has no ground truth, or nothing of it is found by the target's whole.
     """
     found: list[Candidate] = []
     left_out: list[str] = []
@@ -175,7 +175,10 @@ def _worst(shortfalls: tuple[float, float, float], target: TargetConfig) -> floa
 def _whole(asked: Asked, sides: Sides, k: int) -> float:
     success = success_of(asked, exact_top_k(sides.queries, sides.gallery, k).ids, k)
     if success is None or not success.any():
-        raise ValueError(f"{asked.name}: no query has an answer that is found, so there is nothing to keep")
+        raise DataError(
+            f"{asked.name}: exact search finds no right answer in the top {k}, so there is no success to keep. "
+            "Give a larger compress.k, or a val set with answers"
+        )
     return _mean(success)
 
 

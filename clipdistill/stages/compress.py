@@ -100,7 +100,7 @@ def compress(
 
     Raises:
         ConfigError: If there is nothing to choose on or to compress.
-        DataError: If a set has no texts to ask with.
+        DataError: If a set has no texts to ask with, or nothing of ``val`` is found even uncompressed.
         ParityError: If the narrower student does not make the vectors that were measured.
     """
     config = workspace.config
@@ -212,19 +212,16 @@ def _search(config: RunConfig, found: _Material, student: DualEncoder, teacher: 
     """Try all on ``val``, choose, and measure the choice and the front on every set."""
     rules, val = config.compress, found.asked[VAL]
     sizes = {id(cut): _megabytes(cut.student(student)) for cut in found.cuts}
-    try:
-        candidates, left_out = try_all(
-            found.cuts,
-            rules.factories,
-            val,
-            found.sides[VAL],
-            found.gallery,
-            k=rules.k,
-            of=rules.target.of,
-            megabytes=lambda cut: sizes[id(cut)],
-        )
-    except ValueError as fault:
-        raise DataError(f"compress: {fault}") from fault
+    candidates, left_out = try_all(
+        found.cuts,
+        rules.factories,
+        val,
+        found.sides[VAL],
+        found.gallery,
+        k=rules.k,
+        of=rules.target.of,
+        megabytes=lambda cut: sizes[id(cut)],
+    )
     chosen = choose(candidates, rules.target)
     miss = None if chosen else nearest(candidates, rules.target)
     shown = chosen or (miss.candidate if miss else candidates[0])

@@ -1,14 +1,17 @@
 """The verb from end to end: chosen, saved, loaded, told on the page; a missed target; a student that is turned."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from stages.test_query_side import query_side
 from typer.testing import CliRunner
 
 from clipdistill import DualEncoder, Searcher, VectorIndex
 from clipdistill.cli import app
+from clipdistill.search import QuerySide
 
 GIVEN = ("compress.k=5", "compress.dims=[24,12]", 'compress.factories=["SQ8","RaBitQ"]')
 
@@ -93,3 +96,38 @@ def test_a_run_without_val_is_refused(folder, tmp_path):
 def test_faults_of_the_section(folder, override, fault):
     done = call("compress", folder, override)
     assert fault in str(done.exception)
+
+
+@pytest.mark.slow
+def test_the_index_alone_is_compressed_where_the_pictures_stay_the_teachers(tmp_path):
+    query_side(tmp_path)
+    done = call(
+        "compress", tmp_path, 'compress.factories=["Flat","SQ8"]', "compress.k=8", "compress.target.retention=0.01"
+    )
+    assert done.exit_code == 0, done.output
+    made = tmp_path / "out" / "compressed"
+    budget, student = json.loads((made / "budget.json").read_text()), DualEncoder.load(made / "student")
+    assert [(one["rotation"], one["factory"]) for one in budget["candidates"]] == [("whole", "Flat"), ("whole", "SQ8")]
+    assert budget["chosen"]["factory"] == "SQ8"
+    index = VectorIndex.load(made / "index", encoder=student.searches.fingerprint)
+    assert len(Searcher(QuerySide(student), index).by_text("a red cat", 3)) == 3
+
+
+def test_the_benchmark_reads_the_best_within_a_bound_off_vals_curve(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from compression_budget import within
+
+    points = [
+        {"set": name, "dim": size, "rotation": "pca", "factory": "SQ8", "bytes_per_vector": size, "retention": kept}
+        for name, size, kept in (
+            ("val", 16, 0.5),
+            ("val", 32, 0.8),
+            ("val", 64, 0.9),
+            ("test", 16, 0.9),
+            ("test", 32, 0.7),
+            ("test", 64, 0.6),
+        )
+    ]
+    assert within(points, 50, "test")["retention"] == 0.7
+    assert within(points, 64, "test")["retention"] == 0.6
+    assert within(points, 8, "test") is None
