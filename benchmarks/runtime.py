@@ -90,7 +90,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Export the run's student unless it is there, and measure."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    _log.setLevel(logging.INFO)
     torch.set_num_threads(1)
     started, options = time.monotonic(), parse()
     workspace = Workspace(RunConfig.load(options.run / "run.toml"), options.run)
