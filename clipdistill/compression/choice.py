@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -163,7 +164,8 @@ def _shortfalls(one: Candidate, target: TargetConfig) -> tuple[float, float, flo
     slack = 1e-9  # a mean of means is not exact in its last bits
     lacks = target.retention - one.retention
     heavy = 0.0 if target.megabytes is None else one.megabytes - target.megabytes
-    wide = 0.0 if target.bytes_per_vector is None else one.bytes_per_vector - target.bytes_per_vector
+    # Whole bytes: the file's header is not to turn 64 bytes a vector into 64.01.
+    wide = 0.0 if target.bytes_per_vector is None else math.floor(one.bytes_per_vector) - target.bytes_per_vector
     return tuple(value if value > slack else 0.0 for value in (lacks, heavy, wide))  # type: ignore[return-value]
 
 

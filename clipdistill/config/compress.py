@@ -18,7 +18,7 @@ class TargetConfig(Section):
     megabytes: Above0 | None = None
     """The most that the towers may take, in 10^6 bytes of float32 weights; none = any."""
     bytes_per_vector: Above0 | None = None
-    """The most that a vector of the index may take, what is stored for rescoring included; none = any."""
+    """The most whole bytes that a vector of the index may take, with what is stored for rescoring; none = any."""
 
 
 class CompressConfig(Section):

@@ -108,7 +108,7 @@ def test_a_planted_target_is_met_by_the_smallest_that_keeps_it():
     found, _ = tried()
     target = TargetConfig(retention=0.9, bytes_per_vector=200.0)
     chosen = choose(found, target)
-    keeping = [one for one in found if one.retention >= 0.9 and one.bytes_per_vector <= 200]
+    keeping = [one for one in found if one.retention >= 0.9 and one.bytes_per_vector < 201]
     assert chosen in keeping
     assert chosen.bytes_per_vector == min(one.bytes_per_vector for one in keeping)
     assert chosen.bytes_per_vector < 256
@@ -133,3 +133,10 @@ def test_a_target_that_none_keeps_is_missed_by_what_lacks_least():
 def test_the_front_rises():
     found = [candidate(0.5, 8), candidate(0.4, 8), candidate(0.45, 16), candidate(0.9, 32), candidate(0.9, 64)]
     assert [(one.bytes_per_vector, one.retention) for one in front(found)] == [(8, 0.5), (32, 0.9)]
+
+
+def test_a_files_header_is_no_byte_too_many():
+    target = TargetConfig(bytes_per_vector=64.0)
+    assert choose([candidate(size=64.013)], target) is not None
+    assert choose([candidate(size=65.2)], target) is None
+    assert nearest([candidate(size=65.2)], target).bytes_per_vector == 1
