@@ -12,6 +12,7 @@ from clipdistill.publish.target import BATCH, Layout, Published, Target, publish
 DATABASES: Final = {"pgvector": "psycopg", "lancedb": "lancedb", "qdrant": "qdrant-client"}
 """The databases, each with the package that reaches it."""
 _HALF = ("pgvector",)
+_LINKS, _MOST_EFFORT = (2, 100), 1000  # pgvector's limits of HNSW; the others' are wider
 
 
 def open_target(database: str, url: str, layout: Layout) -> Target:
@@ -33,6 +34,11 @@ def open_target(database: str, url: str, layout: Layout) -> Target:
         raise ConfigError(f"--to: unknown database {database!r}; {suggest(database, DATABASES)}")
     if layout.half and database not in _HALF:
         raise ConfigError(f"--halfvec: {database} has no halfvec; only {', '.join(_HALF)} does. Leave it out")
+    if not (_LINKS[0] <= layout.m <= _LINKS[1] and 2 * layout.m <= layout.ef_construction <= _MOST_EFFORT):
+        raise ConfigError(
+            f"--m {layout.m}, --ef-construction {layout.ef_construction}: m is {_LINKS[0]} to {_LINKS[1]}, and "
+            f"ef_construction 2 m to {_MOST_EFFORT}"
+        )
     try:
         if database == "pgvector":
             from clipdistill.publish.pgvector import open_pgvector

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, final
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 from lancedb.index import HnswSq
 
 from clipdistill.core.errors import ConfigError, DataError
+from clipdistill.core.locks import locked
 from clipdistill.publish.faults import check_made, one_line
 from clipdistill.publish.target import Floats, Found, Layout, Mask, by_score, check_k
 
@@ -21,16 +23,18 @@ _ENCODER = b"clipdistill.encoder"
 _NAME = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_\-.]{0,99}")
 _LEAST_INDEXED = 10_000  # below, looking at every row takes a few milliseconds
 _VECTOR = "vector"
+_ALWAYS = timedelta(0)  # look for other processes' rows at each call
 
 
 @final
 class LanceTable:
     """A table (key, vector) of a LanceDB folder. Make one with :func:`open_lancedb`."""
 
-    __slots__ = ("_layout", "_place", "_schema", "_table")
+    __slots__ = ("_folder", "_layout", "_place", "_schema", "_table")
 
-    def __init__(self, table: Any, layout: Layout, place: str, schema: pa.Schema) -> None:
-        self._table, self._layout, self._place, self._schema = table, layout, place, schema
+    def __init__(self, table: Any, layout: Layout, folder: Path, schema: pa.Schema) -> None:
+        self._table, self._layout, self._folder, self._schema = table, layout, folder, schema
+        self._place = str(folder)
 
     def changed(self, keys: Sequence[str], vectors: Floats) -> Mask:
         """Which rows the table does not hold bit for bit: bool [len(keys)]."""
@@ -52,7 +56,8 @@ class LanceTable:
         flat = pa.array(np.ascontiguousarray(vectors, np.float32).ravel())
         columns = [pa.array(keys, pa.string()), pa.FixedSizeListArray.from_arrays(flat, self._layout.dim)]
         rows = pa.Table.from_arrays(columns, schema=self._schema)
-        with _answers(self._place):
+        # Two merges at once would each insert a key that neither found: LanceDB has no unique keys.
+        with locked(_lock(self._folder, self._layout)), _answers(self._place):
             merge = self._table.merge_insert("key").when_matched_update_all().when_not_matched_insert_all()
             merge.execute(rows)
 
@@ -108,20 +113,23 @@ def open_lancedb(url: str, layout: Layout) -> LanceTable:
     _check(url, layout)
     folder = Path(url.removeprefix("file://"))
     folder.mkdir(parents=True, exist_ok=True)
-    place = str(folder)
     schema = pa.schema(
         [pa.field("key", pa.string(), nullable=False), pa.field(_VECTOR, pa.list_(pa.float32(), layout.dim))],
         metadata={_ENCODER: layout.encoder.encode()},
     )
-    with _answers(place):
-        base = lancedb.connect(folder)
+    with locked(_lock(folder, layout)), _answers(str(folder)):
+        base = lancedb.connect(folder, read_consistency_interval=_ALWAYS)
         if (folder / f"{layout.table}.lance").is_dir():
             table = base.open_table(layout.table)
         else:
             table = base.create_table(layout.table, schema=schema)
         found = table.schema
     _check_schema(layout, found)
-    return LanceTable(table, layout, place, schema)
+    return LanceTable(table, layout, folder, schema)
+
+
+def _lock(folder: Path, layout: Layout) -> Path:
+    return folder / f".{layout.table}.lock"
 
 
 def _check(url: str, layout: Layout) -> None:

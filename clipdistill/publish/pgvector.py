@@ -291,11 +291,6 @@ def _check_layout(layout: Layout) -> None:
     if layout.index and layout.dim > _WIDEST_INDEXED[kind]:
         other = "--no-index" if layout.half else "--halfvec (up to 4000) or --no-index"
         faults.append(f"{layout.dim} dimensions: HNSW over {kind} takes {_WIDEST_INDEXED[kind]}. Give {other}")
-    if layout.index and not (2 <= layout.m <= 100 and 2 * layout.m <= layout.ef_construction <= 1000):
-        faults.append(
-            f"m {layout.m}, ef_construction {layout.ef_construction}: pgvector takes m of 2 to 100 and "
-            "ef_construction of 2 m to 1000"
-        )
     if faults:
         raise ConfigError(faults)
 

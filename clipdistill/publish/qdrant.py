@@ -45,12 +45,17 @@ class QdrantCollection:
 
         Raises:
             MismatchError: If it was made from something else.
+            DataError: If the server cannot hold the encoder's fingerprint.
         """
         name = self._layout.table
         with _answers(self._place):
-            if not self._client.collection_exists(name):
+            made = not self._client.collection_exists(name)
+            if made:
                 self._create()
             config = self._client.get_collection(name).config
+            if made and not config.metadata:
+                self._client.delete_collection(name)
+                raise DataError("collections have no metadata, so nothing would say which encoder made the rows")
         vectors = config.params.vectors
         single = vectors if isinstance(vectors, models.VectorParams) else None
         expected = {"dim": self._layout.dim, "distance": "Dot", "encoder": self._layout.encoder}

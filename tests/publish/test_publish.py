@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -103,6 +104,9 @@ def test_what_does_not_go_together_is_refused(tmp_path):
         open_target("pgvecto", "x", layout)
     with pytest.raises(ConfigError, match="--halfvec"):
         open_target("lancedb", str(tmp_path), Layout("items", 32, ENCODER, half=True))
+    for m, effort in ((1, 64), (16, 31), (16, 1001), (101, 1000), (-5, 64)):
+        with pytest.raises(ConfigError, match="--ef-construction"):
+            open_target("lancedb", str(tmp_path), Layout("items", 32, ENCODER, m=m, ef_construction=effort))
     with pytest.raises(ConfigError, match="--ids"):
         read_rows(tmp_path / "v.npy")
     with pytest.raises(ConfigError, match=r"--ids and --encoder go with a \.npy"):
@@ -140,6 +144,17 @@ def test_a_large_lance_table_is_indexed_and_brought_up_to_date(tmp_path):
     assert open_target("lancedb", str(tmp_path), layout).nearest(queries[0], 1)[0].key == "later"
 
 
+def test_two_publications_at_once_into_one_lance_table_leave_no_key_twice(tmp_path):
+    import lancedb
+
+    rows, layout = rows_of(600, encoder=ENCODER), Layout("items", 32, ENCODER)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(publish_to, rows, "lancedb", str(tmp_path), layout, 50 + n) for n in range(2)]
+        assert [job.result().total for job in jobs][-1] == 600
+    keys = lancedb.connect(tmp_path).open_table("items").to_arrow()["key"].to_pylist()
+    assert sorted(keys) == sorted(rows.keys)
+
+
 def test_qdrant_in_memory_and_the_folder_of_another_process(tmp_path):
     layout = Layout("items", 32, ENCODER)
     assert publish_to(rows_of(5, encoder=ENCODER), "qdrant", ":memory:", layout).total == 5
@@ -147,6 +162,19 @@ def test_qdrant_in_memory_and_the_folder_of_another_process(tmp_path):
     with pytest.raises(DataError, match="already accessed"):
         open_target("qdrant", str(tmp_path / "base"), layout)
     first.close()
+
+
+def test_a_server_that_cannot_name_the_encoder_is_refused_and_left_as_it_was(tmp_path, monkeypatch):
+    from qdrant_client import QdrantClient
+
+    create = QdrantClient.create_collection
+    # What a server before 1.16 does: it ignores the field.
+    monkeypatch.setattr(QdrantClient, "create_collection", lambda *a, metadata, **k: create(*a, **k))
+    with pytest.raises(DataError, match="no metadata"):
+        open_target("qdrant", str(tmp_path), Layout("items", 32, ENCODER))
+    client = QdrantClient(path=str(tmp_path))
+    assert not client.collection_exists("items")
+    client.close()
 
 
 @pytest.mark.parametrize(
@@ -158,6 +186,7 @@ def test_a_secret_in_a_qdrant_url_is_refused_and_not_repeated(url):
     assert "s3cret" not in str(refused.value)
 
 
+@pytest.mark.filterwarnings("ignore:Api key is used with an insecure connection")
 def test_an_unreachable_qdrant_is_named(monkeypatch):
     monkeypatch.setenv("QDRANT_API_KEY", "s3cret")
     with pytest.raises(ConnectionError, match=r"goes on by key.*http://127\.0\.0\.1:1") as refused:

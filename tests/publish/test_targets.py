@@ -177,6 +177,44 @@ def test_hostile_table_names_are_taken_literally_or_refused(database, url, tmp_p
     assert {path.name for path in tmp_path.iterdir()} <= {"base"}
 
 
+STRANGE = [
+    " ",
+    "a ",
+    "a",
+    "A",
+    "é",
+    "e\u0301",
+    "\\",
+    "\\'",
+    "''",
+    "'",
+    '"',
+    "%",
+    "%s",
+    "a\nb",
+    "\t",
+    "null",
+    "NULL",
+    "0",
+    "00",
+    "🙂",
+    "x" * 2000,
+    "$1",
+    ":key",
+    "{}",
+    "\x7f",
+    "\u202e",
+    "); --",
+]
+
+
+def test_strange_keys_stay_apart_and_come_back(database, url, table):
+    rows = Rows(STRANGE, unit_rows(len(STRANGE)), "a" * 64)
+    for written in (len(STRANGE), 0):
+        assert publish_to(rows, database, url, layout_of(table, rows), batch=5).written == written
+    check_same(held(database, url, layout_of(table, rows)), rows)
+
+
 def test_k_and_batch_are_bounded(database, url, table):
     rows = rows_of(5)
     with closing(open_target(database, url, layout_of(table, rows))) as target:
