@@ -1,1 +1,0 @@
-"""The search service over HTTP, and its page."""
