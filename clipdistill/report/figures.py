@@ -32,7 +32,10 @@ _TRAINING_FACTS = (
     "compute_seconds",
     "samples_per_s",
     "grad_norm",
+    "rejected",
     "skipped",
+    "skipped_loss",
+    "skipped_grad_norm",
     "class_scale",
     "phase",
 )
@@ -74,7 +77,7 @@ def training_curves(metrics: Iterable[Mapping[str, Any]]) -> list[Drawing]:
     losses = {name: points for name, points in series.items() if _is_loss(name)}
     agreement = {name: points for name, points in series.items() if _is_measured(name)}
     balance = {name: points for name, points in series.items() if name.startswith(_BALANCE)}
-    rates = {name: points for name, points in series.items() if name.split("/")[0] == "lr"}
+    rates = {name: points for name, points in series.items() if _is_rate(name)}
     panels = (
         ("Training loss", losses, "loss"),
         ("Validation against the teacher", agreement, "value"),
@@ -248,10 +251,15 @@ def _is_measured(name: str) -> bool:
     return name.startswith("eval/") or ("/" not in name and name.startswith(_MEASURED))
 
 
+def _is_rate(name: str) -> bool:
+    return name == "lr" or name.startswith(("lr/", "lr_"))
+
+
 def _is_loss(name: str) -> bool:
     return name.startswith("terms/") or (
         not {"/", "@"}.intersection(name)
-        and name not in (*_TRAINING_FACTS, "lr")
+        and name not in _TRAINING_FACTS
+        and not _is_rate(name)
         and not name.startswith(_BALANCE)
         and not _is_measured(name)
     )
@@ -335,7 +343,7 @@ def _mark_best(axes: Axes, points: Points) -> None:
 
 
 def _readable(name: str) -> str:
-    text = name.split("/", 1)[-1] if name != "lr" else "learning rate"
+    text = name.split("/", 1)[-1].removeprefix("lr_") if name != "lr" else "learning rate"
     text = re.sub(r"^(overlap|success|recall)(\d+)_", r"\1@\2 ", text)
     return text.replace("text_to_image", "text → picture").replace("image_to_text", "picture → text").replace("_", " ")
 

@@ -98,6 +98,16 @@ def test_flat_lines_are_read_too():
     assert rate.text.startswith("learning rate from 0.1")
 
 
+def test_a_lines_rates_and_counts_are_no_losses():
+    """The names that the training loop writes."""
+    line = {"step": 1, "epoch": 0.1, "loss": 2.0, "clip": 1.5, "lr": 0.1, "lr_image": 0.2, "lr_head": 0.3}
+    line |= {"lr_text": 0.4, "grad_norm": 5.0, "rejected": 6, "samples_per_s": 7.0}
+    skipped = {"step": 2, "skipped": 1, "skipped_loss": 8.0, "skipped_grad_norm": 9.0}
+    loss, rate = training_curves([line, skipped])
+    assert loss.text == "loss from 2 at step 1 to 2 at step 1; clip from 1.5 at step 1 to 1.5 at step 1"
+    assert [part.split(" from ")[0] for part in rate.text.split("; ")] == ["learning rate", "image", "head", "text"]
+
+
 def test_lines_without_numbers_make_no_figures():
     assert training_curves([]) == []
     lines = [
