@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench bench-seeds bench-presets bench-query-side bench-classes bench-mutual bench-inheritance bench-pruning bench-compression bench-sweep bars clean
+.PHONY: demo test check bench bench-seeds bench-presets bench-query-side bench-classes bench-mutual bench-inheritance bench-pruning bench-runtime bench-sweep bars clean
 
 demo: $(VENV)/.demo
 	$(BIN)/clipdistill demo --json
@@ -44,6 +44,9 @@ bench-compression: $(VENV)/.dev
 
 bench-inheritance: $(VENV)/.dev
 	$(BIN)/python benchmarks/inheritance.py --jobs 2
+
+bench-runtime: $(VENV)/.dev
+	$(BIN)/python benchmarks/runtime.py
 
 bench-sweep: $(VENV)/.dev
 	$(BIN)/python benchmarks/sweep.py

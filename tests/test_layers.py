@@ -11,8 +11,8 @@ LAYERS = (
     {"config"},
     {"data", "losses", "retrieval"},
     {"towers"},  # decodes pictures with data's code; the other sciences stay strangers
-    {"cache", "evaluation", "search", "speed", "runtime", "compression"},
-    {"training", "report", "publish"},
+    {"cache", "evaluation", "search", "speed", "runtime", "compression", "formats"},
+    {"training", "report", "serve", "publish"},
     {"stages", "doctor", "demo_teacher"},
     {"demo", "sweep"},
     {"cli"},
