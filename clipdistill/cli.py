@@ -231,6 +231,34 @@ def publish(
 
 
 @app.command()
+def export(
+    config: Run,
+    overrides: Overrides = None,
+    out: Out = None,
+    to: Annotated[Path | None, typer.Option("--to", help="The export's folder; RUN/export when not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the student in the layouts that other libraries read, each proved by loading it with them."""
+    from clipdistill.stages.export import export_run
+
+    made = export_run(_workspace(config, overrides, out), to)
+    _print(*made.lines())
+    _finish(made.to_json(), as_json)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export's folder.")], as_json: Json = False
+) -> None:
+    """Compare an export's files with their SHA-256, and load each of its layouts again."""
+    from clipdistill.formats import verify as verify_export
+
+    found = verify_export(folder)
+    _print(*found.lines())
+    _finish(found.to_json(), as_json)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine and installation can do, and what is missing."""
     from clipdistill.doctor import examine

@@ -18,6 +18,7 @@ VERBS = [
     "demo",
     "doctor",
     "evaluate",
+    "export",
     "index",
     "inspect",
     "publish",
@@ -26,6 +27,7 @@ VERBS = [
     "search",
     "sweep",
     "train",
+    "verify",
 ]
 
 

@@ -6,6 +6,7 @@ Imports no torch: ``clipdistill --help`` and a faulty file answer at once.
 from clipdistill.config.base import Section
 from clipdistill.config.compress import CompressConfig, TargetConfig
 from clipdistill.config.data import DataConfig, HoldOut, SourceConfig, Sources
+from clipdistill.config.export import ExportConfig
 from clipdistill.config.features import BlockConfig, FeaturesConfig
 from clipdistill.config.loss import LossConfig
 from clipdistill.config.measure import EvaluateConfig, IndexConfig, ReportConfig
@@ -22,6 +23,7 @@ __all__ = [
     "CompressConfig",
     "DataConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "FeaturesConfig",
     "HoldOut",
     "IndexConfig",

@@ -13,6 +13,7 @@ from pydantic import model_validator
 from clipdistill.config.base import Section
 from clipdistill.config.compress import CompressConfig
 from clipdistill.config.data import DataConfig
+from clipdistill.config.export import ExportConfig
 from clipdistill.config.features import FeaturesConfig, feature_faults
 from clipdistill.config.loss import LossConfig
 from clipdistill.config.measure import EvaluateConfig, IndexConfig, ReportConfig
@@ -47,6 +48,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     compress: CompressConfig = CompressConfig()
+    export: ExportConfig = ExportConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -63,6 +65,7 @@ class RunConfig(Section):
             _query_side_faults,
             _task_faults,
             _compress_faults,
+            _export_faults,
         )
         faults = [fault for check in checks for fault in check(self)]
         if faults:
@@ -305,6 +308,20 @@ def _class_only(config: RunConfig) -> Iterator[str]:
     for dotted, sources in named:
         if any(source.format == "classes" or source.label is not None for source in sources):
             yield f'{dotted}: format classes and label are for task.kind = "classification", and it is "retrieval"'
+
+
+def _export_faults(config: RunConfig) -> Iterator[str]:
+    """What an export of this student cannot be."""
+    export, student = config.export, config.student
+    for key, given in (("layouts", export.layouts), ("precisions", export.precisions)):
+        if len(set(given)) < len(given):
+            yield f"export.{key}: a name is given twice: {', '.join(given)}"
+    if not export.precisions:
+        yield "export.precisions: none are given; valid: fp32, fp16, int8"
+    if "open_clip" in export.layouts and student.image == "teacher":
+        yield 'export.layouts: open_clip has no text tower alone, which student.image = "teacher" makes; leave it out'
+    if "open_clip" in export.layouts and (student.prune or 1) < 1:
+        yield "export.layouts: open_clip cannot rebuild the narrower tower of student.prune; leave open_clip out"
 
 
 def _validated(raw: dict[str, Any], base: Path, checks: Sequence[Check], faults: list[str]) -> RunConfig:

@@ -81,6 +81,11 @@ class Workspace:
         return self.compressed / "budget.json"
 
     @property
+    def export(self) -> Path:
+        """The student in the layouts that its consumers read, where no other folder is asked for."""
+        return self.folder / "export"
+
+    @property
     def report_json(self) -> Path:
         """All measured figures."""
         return self.folder / "report.json"

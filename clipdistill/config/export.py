@@ -1,0 +1,29 @@
+"""The configuration of the export."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from clipdistill.config.base import Positive, Section, as_names
+
+LayoutName = Literal["open_clip", "onnx"]
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+class ExportConfig(Section):
+    """What the student is written as, and what its model card says."""
+
+    layouts: Annotated[tuple[LayoutName, ...], BeforeValidator(as_names)] = ()
+    """The layouts; empty = all that this student can be written in."""
+    precisions: Annotated[tuple[Precision, ...], BeforeValidator(as_names)] = ("fp32", "int8")
+    """Of the ONNX graphs."""
+    probes: Positive = 256
+    """With how many pictures of the evaluation set, and texts, the layouts are proved, at most."""
+    licence: str | None = None
+    """The SPDX identifier of the student's licence, for the model card."""
+    teacher_licence: str | None = None
+    """The teacher's."""
+    data_licence: str | None = None
+    """The training data's."""

@@ -1,0 +1,139 @@
+"""The model card: what the student is, under which licences, how well it does, and how each consumer loads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from clipdistill.formats.parity import Parity
+
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card says beside what is measured.
+
+    Attributes:
+        name: The student's.
+        licence: The SPDX identifier of the student's licence; None: not stated.
+        teacher: The teacher's name.
+        teacher_licence: Its licence.
+        data_licence: The training data's.
+        report: The run's ``report.json``; empty where it was not evaluated.
+    """
+
+    name: str = "student"
+    licence: str | None = None
+    teacher: str | None = None
+    teacher_licence: str | None = None
+    data_licence: str | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+def card(facts: CardFacts, values: Mapping[str, Any], parities: Sequence[Parity], sizes: Mapping[str, int]) -> str:
+    """The text of ``README.md``.
+
+    Args:
+        facts: What is known of the student.
+        values: The manifest's values.
+        parities: How each reading compares with the student.
+        sizes: Bytes by file.
+    """
+    parts = [
+        _header(facts, values),
+        f"# {facts.name}\n\n{_intro(facts, values)}",
+        _licences(facts),
+        _figures(facts.report),
+        _parity(parities),
+        _use(values),
+        _sizes(sizes),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _header(facts: CardFacts, values: Mapping[str, Any]) -> str:
+    whole = values["preprocess"] is not None
+    entries: list[tuple[str, Any]] = [
+        ("license", (facts.licence or UNKNOWN).lower()),
+        ("library_name", "open_clip" if "open_clip" in values["layouts"] else "onnx"),
+        ("pipeline_tag", "zero-shot-image-classification" if whole else "feature-extraction"),
+        ("tags", ["clip", "distillation", "retrieval", *(["onnx"] if "onnx" in values["layouts"] else [])]),
+    ]
+    # JSON's own strings and lists are YAML's too, whatever characters a name has
+    return "\n".join(["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries), "---"])
+
+
+def _intro(facts: CardFacts, values: Mapping[str, Any]) -> str:
+    teacher = f", distilled from {facts.teacher}" if facts.teacher else ""
+    if values["preprocess"] is None:
+        what = (
+            f"A text encoder{teacher}, whose embeddings search the teacher's own picture index ({values['dim']} wide)."
+        )
+    else:
+        size = " x ".join(map(str, values["preprocess"]["size"]))
+        what = f"A dual encoder of pictures ({size} px) and texts{teacher}; embeddings are {values['dim']} wide."
+    return f"{what} Texts are cut to {values['context_length']} tokens. Every row it gives has unit length."
+
+
+def _licences(facts: CardFacts) -> str:
+    rows = (("student", facts.licence), ("teacher", facts.teacher_licence), ("training data", facts.data_licence))
+    return _table("Licences", ("of", "licence"), [(name, value or "not stated") for name, value in rows])
+
+
+def _figures(report: Mapping[str, Any]) -> str:
+    """The evaluation's figures, a measure a line; empty without an evaluation."""
+    rows = report.get("evaluation", {}).get("rows", [])
+    fields = ("set", "direction", "pairing", "measure", "value")
+    lines = [
+        tuple(f"{row[name]:.4f}" if isinstance(row[name], float) else str(row[name]) for name in fields)
+        for row in rows
+        if all(row.get(name) is not None for name in fields)
+    ]
+    return _table("Measured by its run", fields, lines) if lines else ""
+
+
+def _parity(parities: Sequence[Parity]) -> str:
+    lines = []
+    for one in parities:
+        recall = ", ".join(f"{name} {value:.4f}" for name, value in one.recall.items()) or "-"
+        for tower, values in one.towers.items():
+            cosine = f"{values['worst_cosine']:.7f}"
+            lines.append((one.reading, one.library, tower, cosine, str(values["rows"]), f"{one.bar}", recall))
+    text = "Each layout was loaded by its consumer's own library, in a fresh process, and compared with the student."
+    titles = ("layout", "read by", "tower", "worst cosine", "rows", "at least", "text to picture")
+    return _table("Parity", titles, lines, text)
+
+
+def _use(values: Mapping[str, Any]) -> str:
+    parts = ["## Use"]
+    if "open_clip" in values["layouts"]:
+        parts.append(
+            "open_clip:\n\n```python\nimport open_clip\n\n"
+            'model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")\n'
+            'tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")\n'
+            'texts = model.eval().encode_text(tokenizer(["a red bicycle"]), normalize=True)\n```'
+        )
+    if "onnx" in values["layouts"]:
+        suffix = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}[values["precisions"][0]]
+        parts.append(
+            "ONNX Runtime (no torch):\n\n```python\nimport numpy as np\n"
+            "import onnxruntime\nfrom tokenizers import Tokenizer\n\n"
+            'tokenizer = Tokenizer.from_file("FOLDER/tokenizer.json")\n'
+            f'session = onnxruntime.InferenceSession("FOLDER/onnx/text_model{suffix}.onnx")\n'
+            'ids = np.array([tokenizer.encode("a red bicycle").ids])\n'
+            '(texts,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})\n```'
+        )
+    return "\n\n".join(parts)
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    return _table("Files", ("file", "bytes"), [(name, f"{size:,}") for name, size in sorted(sizes.items())])
+
+
+def _table(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]], text: str = "") -> str:
+    lines = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in (titles, *rows)]
+    body = [f"| {lines[0]} |", "|" + "---|" * len(titles), *(f"| {line} |" for line in lines[1:])]
+    return "\n".join([f"## {title}", "", *([text, ""] if text else []), *body])

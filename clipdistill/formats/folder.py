@@ -1,0 +1,201 @@
+"""Writing an export and checking one: a folder whose every layout was loaded by its consumer before it counts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clipdistill.core import files, fingerprint, manifest
+from clipdistill.core.errors import ConfigError, DataError, MismatchError
+from clipdistill.formats.card import CardFacts, card
+from clipdistill.formats.graphs import served_dim
+from clipdistill.formats.layouts import LAYOUTS, check_packages, chosen_layouts, files_of, name_faults, readings_of
+from clipdistill.formats.parity import Parity, measure
+from clipdistill.formats.probe import CHECK, Probe, expected_rows, read_check, write_check
+from clipdistill.towers.preprocess import Preprocess
+from clipdistill.towers.student import DualEncoder
+
+KIND, VERSION = "export", 1
+CARD = "README.md"
+_REMEDY = "Export again (clipdistill export RUN.toml), or copy the folder again from where it was made."
+_log = logging.getLogger("clipdistill")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """An export, and how its readers compare with the student.
+
+    Attributes:
+        folder: Where it lies.
+        encoder: The fingerprint that an index for it carries: the student's, or its teacher's for a text tower alone.
+        dim: The width of the embeddings.
+        layouts: By name.
+        precisions: Those of ``onnx``.
+        parities: One for each reading.
+        sizes: Bytes by file.
+    """
+
+    folder: Path
+    encoder: str
+    dim: int
+    layouts: tuple[str, ...]
+    precisions: tuple[str, ...]
+    parities: tuple[Parity, ...]
+    sizes: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        parities = [one.to_json() for one in self.parities]
+        return {**asdict(self), "folder": str(self.folder), "parities": parities, "bytes": sum(self.sizes.values())}
+
+    def lines(self) -> list[str]:
+        """What a person wants to know, a line a reading and tower."""
+        found = []
+        for one in self.parities:
+            recall = "".join(f"  {name} {value:.4f}" for name, value in one.recall.items())
+            for tower, values in one.towers.items():
+                cosine = f"worst cosine {values['worst_cosine']:.7f} of {values['rows']} rows (at least {one.bar})"
+                found.append(f"{one.reading:<12} {tower:<6} {cosine}  {one.library}{recall}")
+        return [*found, f"export: {self.folder} ({sum(self.sizes.values()) / 1e6:.1f} MB)"]
+
+
+def export(
+    student: DualEncoder,
+    folder: str | Path,
+    layouts: Sequence[str] = (),
+    precisions: Sequence[str] = ("fp32", "int8"),
+    *,
+    probe: Probe,
+    facts: CardFacts | None = None,
+) -> ExportReport:
+    """Write a student in the layouts that its consumers read, and keep it only if each of them embeds as it does.
+
+    Args:
+        student: The student.
+        folder: Takes the place of an older export, at once and only when all is written and proved.
+        layouts: Of :data:`~clipdistill.formats.layouts.LAYOUTS`; none = all that this student can be written in.
+        precisions: Of the ONNX graphs: fp32, fp16, int8.
+        probe: What the layouts are proved with.
+        facts: What the model card says beside what is measured.
+
+    Raises:
+        ConfigError: If a name is unknown, or this student cannot be written in a layout: all faults at once.
+        DataError: If the folder holds something else than an export.
+        MissingExtraError: If a library is missing.
+        ParityError: If a consumer embeds otherwise than the student, with the figures; no export is left then.
+    """
+    folder, layouts, precisions = Path(folder), chosen_layouts(student, layouts), tuple(precisions)
+    faults = list(name_faults(layouts, precisions))
+    faults += [fault for name in layouts if name in LAYOUTS for fault in LAYOUTS[name].faults(student)]
+    if faults:
+        raise ConfigError(faults)
+    check_packages(layouts)
+    _refuse_other(folder)
+    values = _values(student, layouts, precisions)
+    with files.replaced_folder(folder) as aside:
+        student.tokenizer.save(aside)
+        for name in layouts:
+            _log.info("export: writing %s", name)
+            LAYOUTS[name].write(student, aside, precisions)
+        expected = expected_rows(student, probe)
+        parities = []
+        for reading in readings_of(layouts, precisions):
+            _log.info("export: loading %s with %s", reading.name, reading.library)
+            parities.append(measure(reading, aside, probe, expected))
+        write_check(student, probe, aside / CHECK)
+        sizes = _sizes(aside)
+        files.write_text(aside / CARD, card(facts or CardFacts(), values, parities, sizes))
+        values |= {
+            "parity": {one.reading: one.towers for one in parities},
+            "recall": {one.reading: one.recall for one in parities},
+            "needs": list(files_of(layouts, student, precisions)),
+        }
+        manifest.write(aside, KIND, VERSION, values, fingerprint.of_folder(aside, skip=()))
+        sizes = _sizes(aside)
+    return ExportReport(folder, values["encoder"], values["dim"], layouts, precisions, tuple(parities), sizes)
+
+
+def verify(folder: str | Path) -> ExportReport:
+    """Compare an export's files with their SHA-256, and load each of its layouts again as its consumer does.
+
+    What is embedded are the few probes that travel with it, whose embeddings by the student travel too.
+
+    Args:
+        folder: The export.
+
+    Raises:
+        DataError: If it is no export.
+        MismatchError: If a file is missing or is not the one that was written.
+        MissingExtraError: If a consumer's library is missing.
+        ParityError: If a consumer embeds otherwise here than the student did.
+    """
+    folder = Path(folder)
+    values = manifest.read(folder, KIND, VERSION, _REMEDY)
+    _check_values(folder, values)
+    manifest.verify_files(folder, values["files"], _REMEDY)
+    layouts, precisions = tuple(values["layouts"]), tuple(values["precisions"])
+    check_packages(layouts)
+    preprocess = values["preprocess"]
+    probe, expected = read_check(folder / CHECK, None if preprocess is None else Preprocess.from_open_clip(preprocess))
+    parities = tuple(measure(one, folder, probe, expected) for one in readings_of(layouts, precisions))
+    return ExportReport(folder, values["encoder"], values["dim"], layouts, precisions, parities, _sizes(folder))
+
+
+def _values(student: DualEncoder, layouts: Sequence[str], precisions: Sequence[str]) -> dict[str, Any]:
+    return {
+        "encoder": student.fingerprint if student.searches is None else student.searches.fingerprint,
+        "student": student.fingerprint,
+        "dim": served_dim(student),
+        "context_length": student.tokenizer.context_length,
+        "preprocess": None if student.preprocess is None else student.preprocess.to_open_clip(),
+        "max_pixels": student.max_pixels,
+        "layouts": list(layouts),
+        "precisions": list(precisions),
+        "searches": None if student.searches is None else asdict(student.searches),
+    }
+
+
+def _check_values(folder: Path, values: dict[str, Any]) -> None:
+    """Refuse a manifest that does not say what an export's says: it was changed after it was written.
+
+    Raises:
+        DataError: If a field is missing or of another type, or names something unknown.
+        MismatchError: If a file that a layout needs is not among those that have a digest.
+    """
+    kinds = {"files": dict, "needs": list, "layouts": list, "precisions": list, "encoder": str, "dim": int}
+    place = folder / manifest.NAME
+    for field, kind in kinds.items():
+        if not isinstance(values.get(field), kind):
+            raise DataError(f"{place}: {field} is missing or no {kind.__name__}. {_REMEDY}")
+    if not isinstance(values.get("preprocess"), dict | None):
+        raise DataError(f"{place}: preprocess is neither a mapping nor null. {_REMEDY}")
+    faults = list(name_faults(values["layouts"], values["precisions"]))
+    if faults:
+        raise DataError(f"{place}: {'; '.join(faults)}. {_REMEDY}")
+    for name in (CHECK, "tokenizer.json", *values["needs"]):
+        if name not in values["files"]:
+            raise MismatchError(str(folder / name), "sha256", "a digest in the manifest", "none", _REMEDY)
+
+
+def _refuse_other(folder: Path) -> None:
+    """Never replace what is not an export.
+
+    Raises:
+        DataError: If something else lies there.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        manifest.read(folder, KIND, VERSION, "")
+    except (DataError, MismatchError, NotADirectoryError):
+        raise DataError(
+            f"{folder}: holds something else than an export, and is left alone; give another --to"
+        ) from None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}

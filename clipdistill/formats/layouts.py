@@ -1,0 +1,120 @@
+"""The layouts that a student can be written in: a table of what each needs, writes and is read by."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipdistill.core.errors import MissingExtraError, suggest
+from clipdistill.formats.graphs import towers_of
+from clipdistill.formats.onnx import graph_path, write_onnx
+from clipdistill.formats.open_clip import FILES, open_clip_faults, write_open_clip
+from clipdistill.towers.student import DualEncoder
+
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way in which an export is loaded.
+
+    Attributes:
+        name: ``open_clip``, ``onnx/int8``.
+        library: The consumer's, as pip names it.
+        script: Its script below ``readers``.
+        precision: What is loaded.
+    """
+
+    name: str
+    library: str
+    script: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout.
+
+    Attributes:
+        packages: What writing and reading it needs, as Python imports it, with pip's name.
+        write: Writes it into an export that is still aside.
+        faults: Why a student cannot be written so, one sentence each.
+        paths: The files that it must have, by the towers and precisions.
+        readings: How it is loaded, by the precisions.
+    """
+
+    packages: tuple[tuple[str, str], ...]
+    write: Callable[[DualEncoder, Path, Sequence[str]], None]
+    faults: Callable[[DualEncoder], Iterator[str]]
+    paths: Callable[[Sequence[str], Sequence[str]], tuple[str, ...]]
+    readings: Callable[[Sequence[str]], tuple[Reading, ...]]
+
+
+def _no_faults(student: DualEncoder) -> Iterator[str]:
+    yield from ()
+
+
+def _onnx_paths(towers: Sequence[str], precisions: Sequence[str]) -> tuple[str, ...]:
+    return tuple(graph_path("image" if tower == "image" else "text", one) for tower in towers for one in precisions)
+
+
+LAYOUTS = {
+    "open_clip": Layout(
+        packages=(("open_clip", "open_clip_torch"),),
+        write=write_open_clip,
+        faults=open_clip_faults,
+        paths=lambda towers, precisions: FILES,
+        readings=lambda precisions: (Reading("open_clip", "open_clip_torch", "read_open_clip.py", "fp32"),),
+    ),
+    "onnx": Layout(
+        packages=(("onnx", "onnx"), ("onnxruntime", "onnxruntime"), ("onnxscript", "onnxscript")),
+        write=write_onnx,
+        faults=_no_faults,
+        paths=_onnx_paths,
+        readings=lambda precisions: tuple(
+            Reading(f"onnx/{one}", "onnxruntime", "read_onnx.py", one) for one in precisions
+        ),
+    ),
+}
+"""The layouts by name."""
+
+
+def chosen_layouts(student: DualEncoder, names: Sequence[str]) -> tuple[str, ...]:
+    """The layouts that are asked for; of none all that the student can be written in."""
+    return tuple(names) or tuple(name for name, layout in LAYOUTS.items() if not list(layout.faults(student)))
+
+
+def name_faults(layouts: Sequence[str], precisions: Sequence[str]) -> Iterator[str]:
+    """Unknown or repeated names, one sentence each, with the nearest that is known."""
+    for key, given, known in (("layouts", layouts, tuple(LAYOUTS)), ("precisions", precisions, PRECISIONS)):
+        for name in given:
+            if name not in known:
+                yield f"export.{key}: unknown {key[:-1]} {name!r}; {suggest(name, known)}"
+        if len(set(given)) < len(given):
+            yield f"export.{key}: a name is given twice: {', '.join(given)}"
+    if not precisions:
+        yield f"export.precisions: none are given; valid: {', '.join(PRECISIONS)}"
+
+
+def check_packages(layouts: Sequence[str]) -> None:
+    """Refuse to begin what could not be finished.
+
+    Raises:
+        MissingExtraError: If a library that writes or reads one of the layouts is not installed.
+    """
+    for name in layouts:
+        for module, package in LAYOUTS[name].packages:
+            if importlib.util.find_spec(module) is None:
+                raise MissingExtraError(package, "export")
+
+
+def files_of(layouts: Sequence[str], student: DualEncoder, precisions: Sequence[str]) -> tuple[str, ...]:
+    """The files that an export of these layouts must have."""
+    return tuple(path for name in layouts for path in LAYOUTS[name].paths(towers_of(student), precisions))
+
+
+def readings_of(layouts: Sequence[str], precisions: Sequence[str]) -> tuple[Reading, ...]:
+    """Every way in which an export of these layouts is loaded."""
+    return tuple(reading for name in layouts for reading in LAYOUTS[name].readings(precisions))

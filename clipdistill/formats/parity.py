@@ -1,0 +1,157 @@
+"""The gate: an export counts only when its consumer's own library embeds as the student does, in a fresh process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipdistill.core.errors import ParityError
+from clipdistill.formats.layouts import Reading
+from clipdistill.formats.probe import Probe, Rows
+from clipdistill.retrieval.exact import Vectors, exact_top_k
+from clipdistill.retrieval.measures import overlap_at_k, success_at_k
+
+BARS = {"fp32": 0.99999, "fp16": 0.9999, "int8": 0.995}
+"""The least worst-row cosine with the PyTorch student, by precision."""
+_UNIT, _TOP, _SECONDS = 1e-3, 10, 900
+_READERS = Path(__file__).parent / "readers"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How one reading of an export compares with the student.
+
+    Attributes:
+        reading: What was loaded: ``open_clip``, ``onnx/int8``.
+        library: The consumer's library with its version.
+        towers: For each tower its ``worst_cosine``, and how many ``rows`` that is the worst of.
+        bar: What the worst cosine must reach.
+        recall: ``overlap10`` of its text to picture ranking with the student's own, and ``success10`` with
+            ``student_success10`` beside it where the right pictures are known; empty where there is nothing to rank.
+    """
+
+    reading: str
+    library: str
+    towers: Mapping[str, Mapping[str, float]]
+    bar: float
+    recall: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def measure(reading: Reading, folder: Path, probe: Probe, expected: Rows) -> Parity:
+    """Load an export with its consumer, in a fresh process, and compare what it embeds with the student.
+
+    Args:
+        reading: What is loaded, and by which script.
+        folder: The export, finished or still aside.
+        probe: What is embedded.
+        expected: The student's own embeddings.
+
+    Raises:
+        ParityError: If the consumer cannot load or run it, or rows are missing, not unit or too far from the
+            student's, with the figures.
+    """
+    found, version = _read(reading, folder, probe)
+    towers: dict[str, dict[str, float]] = {}
+    for tower, own in expected.items():
+        rows = found.get(tower)
+        if rows is None or rows.shape != own.shape:
+            shape = None if rows is None else list(rows.shape)
+            raise ParityError(f"{reading.name}: {tower}: expected rows of shape {list(own.shape)}, found {shape}")
+        alone = found.get(f"{tower}_alone", rows[:0])
+        worst = min(_worst(reading, tower, rows, own), _worst(reading, tower, alone, own[: len(alone)]))
+        towers[tower] = {"worst_cosine": worst, "rows": len(rows)}
+    bar = BARS[reading.precision]
+    measured = Parity(reading.name, f"{reading.library} {version}", towers, bar, _recall(probe, found, expected))
+    _refuse_below(measured)
+    return measured
+
+
+def _refuse_below(measured: Parity) -> None:
+    low = {
+        tower: values["worst_cosine"]
+        for tower, values in measured.towers.items()
+        if not values["worst_cosine"] >= measured.bar
+    }
+    if low:
+        figures = ", ".join(
+            f"{tower} {cosine:.7f} of {measured.towers[tower]['rows']} rows" for tower, cosine in low.items()
+        )
+        raise ParityError(
+            f"{measured.reading}: read by {measured.library}, it does not embed as the student does: worst cosine "
+            f"{figures}; at least {measured.bar} is needed. Nothing was kept. Leave this layout or precision out "
+            "(export.layouts, export.precisions), or report it with the student's configuration"
+        )
+
+
+def _worst(reading: Reading, tower: str, rows: Vectors, own: Vectors) -> float:
+    """The least cosine of matching rows; 1 of none.
+
+    Raises:
+        ParityError: If a row is not of unit length.
+    """
+    if not len(rows):
+        return 1.0
+    wide, mine = rows.astype(np.float64), own.astype(np.float64)
+    norms = np.linalg.norm(wide, axis=1)
+    if not bool(np.abs(norms - 1).max() <= _UNIT):
+        off = norms[np.abs(norms - 1).argmax()]
+        raise ParityError(f"{reading.name}: {tower}: expected unit rows, found one of length {off:.6g}")
+    return float(((wide * mine).sum(axis=1) / norms / np.linalg.norm(mine, axis=1)).min())
+
+
+def _recall(probe: Probe, found: Rows, expected: Rows) -> dict[str, float]:
+    """The text to picture ranking through the export, against the student's own and the right pictures."""
+    pictures = (found.get("image"), expected.get("image")) if probe.gallery is None else (probe.gallery,) * 2
+    if pictures[0] is None or pictures[1] is None or len(pictures[0]) <= _TOP:
+        return {}
+    theirs = exact_top_k(found["text"], pictures[0], _TOP).ids
+    own = exact_top_k(expected["text"], pictures[1], _TOP).ids
+    values = {"overlap10": float(np.mean(overlap_at_k(theirs, own, _TOP)))}
+    asked = np.array([row for row, right in enumerate(probe.relevant) if right], np.int64)
+    if len(asked):
+        right = [probe.relevant[row] for row in asked]
+        values["success10"] = float(np.mean(success_at_k(theirs[asked], right, _TOP)))
+        values["student_success10"] = float(np.mean(success_at_k(own[asked], right, _TOP)))
+    return values
+
+
+def _read(reading: Reading, folder: Path, probe: Probe) -> tuple[Rows, str]:
+    """What the consumer embeds, and its version.
+
+    Raises:
+        ParityError: If its process fails, with the last line that it wrote.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        given, out = Path(scratch) / "probe.npz", Path(scratch) / "rows.npz"
+        probe.save(given)
+        # -P: the script's own folder is not searched for modules
+        command = [sys.executable, "-P", str(_READERS / reading.script), str(folder.resolve()), str(given), str(out)]
+        try:
+            done = subprocess.run(
+                [*command, reading.precision],
+                cwd=scratch,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+                check=False,
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+            )
+        except subprocess.TimeoutExpired:
+            raise ParityError(f"{reading.name}: {reading.library} gave no answer in {_SECONDS} s") from None
+        if done.returncode != 0 or not out.exists():
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+            raise ParityError(f"{reading.name}: {reading.library} cannot load or run it: {lines[-1][:400]}")
+        with np.load(out, allow_pickle=False) as rows:
+            return {name: np.asarray(rows[name], np.float32) for name in rows.files}, done.stdout.strip()[-40:]

@@ -1,0 +1,150 @@
+"""What an export is proved with: prepared pictures and token rows, and what the PyTorch student makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clipdistill.core.errors import DataError
+from clipdistill.data.pictures import decode
+from clipdistill.data.records import Picture
+from clipdistill.towers.encoder import Vectors
+from clipdistill.towers.student import DualEncoder
+from clipdistill.towers.tokenizer import Tokens
+
+Rows = dict[str, Vectors]
+"""Embeddings by tower: ``text``, and ``image`` where there is a picture tower."""
+
+CHECK = "check.npz"
+"""The probes that travel with an export, with the student's own embeddings of them."""
+_CHECKS, _PATCHES, _AT_ONCE = 8, 16, 32
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs of both towers, as the consumers' own preprocessing has them last.
+
+    Attributes:
+        tokens: int64 [texts, context], padded with 0.
+        pixels: float32 [pictures, 3, height, width], normalised; None for a text tower alone.
+        relevant: For each text the rows of the pictures that it is right for; empty = not known.
+        gallery: For a text tower alone, the pictures' embeddings by its teacher: unit rows [pictures, dim].
+    """
+
+    tokens: Tokens
+    pixels: npt.NDArray[np.float32] | None = None
+    relevant: tuple[tuple[int, ...], ...] = ()
+    gallery: Vectors | None = None
+
+    @staticmethod
+    def of(
+        student: DualEncoder,
+        texts: Sequence[str],
+        pictures: Sequence[Picture] = (),
+        *,
+        relevant: Sequence[Sequence[int]] = (),
+        gallery: Vectors | None = None,
+    ) -> Probe:
+        """Prepare texts and pictures as the student does.
+
+        Args:
+            student: Whose tokenizer and preprocessing.
+            texts: At least one.
+            pictures: At least one, where the student has a picture tower; otherwise left aside.
+            relevant: For each text the rows of the right pictures.
+            gallery: The teacher's embeddings, for a text tower alone.
+
+        Raises:
+            DataError: If there is nothing to prove a tower with, or a picture cannot be decoded.
+        """
+        if not texts or (student.preprocess is not None and not pictures):
+            raise DataError("export: no texts or no pictures to prove the exported towers with; give some of each")
+        pixels = None
+        if student.preprocess is not None:
+            prepare = student.preprocess
+            decoded = (decode(one.read(), student.max_pixels, one.origin) for one in pictures)
+            pixels = prepare.normalise(np.stack([prepare.pixels(image) for image in decoded]))
+        right = tuple(tuple(map(int, rows)) for rows in relevant)
+        return Probe(student.tokenizer.encode(texts, cut=False), pixels, right, gallery)
+
+    @property
+    def mask(self) -> Tokens:
+        """int64 [texts, context]: 1 up to the end token, whose id is the largest, and 0 after it."""
+        ends = self.tokens.argmax(axis=1)[:, None]
+        return np.asarray(np.arange(self.tokens.shape[1]) <= ends, np.int64)
+
+    def save(self, path: Path) -> None:
+        """Write what the consumers are given."""
+        parts: dict[str, Any] = {"input_ids": self.tokens, "attention_mask": self.mask}
+        if self.pixels is not None:
+            parts["pixel_values"] = self.pixels
+        np.savez(path, **parts)
+
+
+@torch.inference_mode()
+def expected_rows(student: DualEncoder, probe: Probe) -> Rows:
+    """What the student itself makes of the probes, in the space that is exported: unit rows of each tower."""
+    modes = [(part, part.training) for part in student.module.modules()]
+    student.module.eval()
+    try:
+        texts = [
+            student.to_teacher(student.embed_tokens(part.to(student.device)), "text")
+            if student.searches is not None
+            else student.embed_tokens(part.to(student.device))
+            for part in torch.split(torch.from_numpy(probe.tokens), _AT_ONCE)
+        ]
+        rows = {"text": torch.cat(texts)}
+        if probe.pixels is not None:
+            parts = torch.split(torch.from_numpy(probe.pixels), _AT_ONCE)
+            rows["image"] = torch.cat([student.embed_pixels(part.to(student.device)) for part in parts])
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    return {tower: np.asarray(value.cpu().numpy(), np.float32) for tower, value in rows.items()}
+
+
+def write_check(student: DualEncoder, probe: Probe, path: Path) -> None:
+    """Write a few probes of some kilobytes that can be made again anywhere, with the student's embeddings of them.
+
+    The pictures are squares of colour drawn from a fixed seed; the texts are the probe's first ones.
+
+    Args:
+        student: The student.
+        probe: What was exported with.
+        path: The file.
+    """
+    tokens = probe.tokens[:_CHECKS]
+    parts: dict[str, Any] = {"input_ids": tokens}
+    check = Probe(tokens)
+    if student.preprocess is not None:
+        patches = np.random.default_rng(0).integers(0, 256, (_CHECKS, _PATCHES, _PATCHES, 3), np.uint8)
+        parts["patches"] = patches
+        check = Probe(tokens, student.preprocess.normalise(_enlarged(patches, student.preprocess.size)))
+    parts |= {f"{tower}_embeds": value for tower, value in expected_rows(student, check).items()}
+    np.savez(path, **parts)
+
+
+def read_check(path: Path, preprocess: Any) -> tuple[Probe, Rows]:
+    """The probes that travel with an export, and what the student made of them.
+
+    Args:
+        path: The file.
+        preprocess: The export's :class:`~clipdistill.towers.preprocess.Preprocess`; None for a text tower alone.
+    """
+    with np.load(path, allow_pickle=False) as stored:
+        parts = dict(stored)
+    pixels = None if preprocess is None else preprocess.normalise(_enlarged(parts["patches"], preprocess.size))
+    rows = {tower: parts[f"{tower}_embeds"] for tower in ("image", "text") if f"{tower}_embeds" in parts}
+    return Probe(parts["input_ids"], pixels), rows
+
+
+def _enlarged(patches: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Each patch repeated: uint8 [rows, height, width, 3], by integers alone, so the same everywhere."""
+    down, across = (np.arange(length) * _PATCHES // length for length in size)
+    return patches[:, down][:, :, across]
