@@ -12,7 +12,15 @@ from clipdistill.core import files, fingerprint, manifest
 from clipdistill.core.errors import ConfigError, DataError, MismatchError
 from clipdistill.formats.card import CardFacts, card
 from clipdistill.formats.graphs import served_dim
-from clipdistill.formats.layouts import LAYOUTS, check_packages, chosen_layouts, files_of, name_faults, readings_of
+from clipdistill.formats.layouts import (
+    LAYOUTS,
+    PRECISIONS,
+    check_packages,
+    chosen_layouts,
+    files_of,
+    name_faults,
+    readings_of,
+)
 from clipdistill.formats.parity import Parity, measure
 from clipdistill.formats.probe import CHECK, Probe, expected_rows, read_check, write_check
 from clipdistill.towers.preprocess import Preprocess
@@ -153,7 +161,7 @@ def _values(student: DualEncoder, layouts: Sequence[str], precisions: Sequence[s
         "preprocess": None if student.preprocess is None else student.preprocess.to_open_clip(),
         "max_pixels": student.max_pixels,
         "layouts": list(layouts),
-        "precisions": list(precisions),
+        "precisions": list(precisions) if "onnx" in layouts else [],
         "searches": None if student.searches is None else asdict(student.searches),
     }
 
@@ -172,7 +180,7 @@ def _check_values(folder: Path, values: dict[str, Any]) -> None:
             raise DataError(f"{place}: {field} is missing or no {kind.__name__}. {_REMEDY}")
     if not isinstance(values.get("preprocess"), dict | None):
         raise DataError(f"{place}: preprocess is neither a mapping nor null. {_REMEDY}")
-    faults = list(name_faults(values["layouts"], values["precisions"]))
+    faults = list(name_faults(values["layouts"], values["precisions"] or PRECISIONS))
     if faults:
         raise DataError(f"{place}: {'; '.join(faults)}. {_REMEDY}")
     for name in (CHECK, "tokenizer.json", *values["needs"]):

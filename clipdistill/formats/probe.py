@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 
 from clipdistill.core.errors import DataError
-from clipdistill.data.pictures import decode
 from clipdistill.data.records import Picture
 from clipdistill.towers.encoder import Vectors
 from clipdistill.towers.student import DualEncoder
@@ -67,9 +66,7 @@ class Probe:
             raise DataError("export: no texts or no pictures to prove the exported towers with; give some of each")
         pixels = None
         if student.preprocess is not None:
-            prepare = student.preprocess
-            decoded = (decode(one.read(), student.max_pixels, one.origin) for one in pictures)
-            pixels = prepare.normalise(np.stack([prepare.pixels(image) for image in decoded]))
+            pixels = student.preprocess.read(pictures, student.max_pixels)
         right = tuple(tuple(map(int, rows)) for rows in relevant)
         return Probe(student.tokenizer.encode(texts, cut=False), pixels, right, gallery)
 

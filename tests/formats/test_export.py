@@ -197,6 +197,11 @@ def test_a_text_tower_alone_asks_in_its_teachers_space(tmp_path):
     assert cosine(rows, wanted) >= 0.99999
     assert not (tmp_path / "made/onnx/vision_model.onnx").exists()
     verify(tmp_path / "made")
+    from clipdistill.runtime import RuntimeEncoder
+
+    encoder = RuntimeEncoder.load(tmp_path / "made")
+    assert (encoder.dim, encoder.fingerprint) == (little.TEACHER_DIM, "f" * 64)
+    assert cosine(encoder.encode_texts(TEXTS), wanted) >= 0.99999
 
 
 def test_below_the_bar_nothing_is_left(tmp_path, monkeypatch):
@@ -243,6 +248,21 @@ def test_faults_are_told_at_once_and_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_open_clip_alone_holds_no_graphs_and_replaces_an_older_export(tmp_path):
+    from clipdistill.runtime import RuntimeEncoder
+
+    student = little.student("test_vit")
+    for _ in range(2):
+        report = export(student, tmp_path / "made", ("open_clip",), probe=probe(student))
+    values = json.loads((tmp_path / "made/manifest.json").read_text())
+    assert (values["layouts"], values["precisions"]) == (["open_clip"], [])
+    assert not (tmp_path / "made/onnx").exists()
+    assert [one.reading for one in verify(tmp_path / "made").parities] == ["open_clip"]
+    assert [one.reading for one in report.parities] == ["open_clip"]
+    with pytest.raises(ConfigError, match="holds no ONNX graphs"):
+        RuntimeEncoder.load(tmp_path / "made")
+
+
 def test_what_is_no_export_is_never_replaced(tmp_path):
     student = query_student()
     (tmp_path / "mine").mkdir()
@@ -261,3 +281,15 @@ def test_a_missing_library_is_named_with_the_pip_line(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else real(name, *a))
     with pytest.raises(MissingExtraError, match=r"onnxruntime is not installed.*clipdistill\[export\]"):
         export(student, tmp_path / "made", probe=Probe.of(student, TEXTS))
+
+
+@pytest.mark.parametrize(("precision", "bar"), [("fp32", 0.99999), ("fp16", 0.9999), ("int8", 0.995)])
+def test_the_runtime_without_torch_reads_it(exported, precision, bar):
+    from clipdistill.runtime import RuntimeEncoder
+
+    student, folder, _ = exported
+    encoder = RuntimeEncoder.load(folder, precision=precision)
+    assert (encoder.dim, encoder.fingerprint) == (student.dim, student.fingerprint)
+    pictures = [pair.picture for pair in PAIRS]
+    assert cosine(encoder.encode_texts(TEXTS), student.encode_texts(TEXTS)) >= bar
+    assert cosine(encoder.encode_images(pictures), student.encode_images(pictures)) >= bar
