@@ -84,15 +84,24 @@ def _licences(facts: CardFacts) -> str:
 
 
 def _figures(report: Mapping[str, Any]) -> str:
-    """The evaluation's figures, a measure a line; empty without an evaluation."""
-    rows = report.get("evaluation", {}).get("rows", [])
-    fields = ("set", "direction", "pairing", "measure", "value")
+    """The exact figures of the student and its teacher, one a line with its interval; empty without an evaluation.
+
+    Those of an approximate index are left to the report: the export holds no index.
+    """
+    rows = [row for row in report.get("evaluation", {}).get("rows", []) if row["search"] == "exact"]
+    titles = ("set", "direction", "query and gallery", "measure", "value", "95% interval", "queries", "gallery")
     lines = [
-        tuple(f"{row[name]:.4f}" if isinstance(row[name], float) else str(row[name]) for name in fields)
+        (
+            *(str(row[name]) for name in ("set", "direction", "pairing")),
+            f"{row['measure']}@{row['k']}",
+            f"{row['value']:.4f}",
+            "-" if row["low"] is None else f"{row['low']:.4f} to {row['high']:.4f}",
+            *(str(row[name]) for name in ("queries", "gallery")),
+        )
         for row in rows
-        if all(row.get(name) is not None for name in fields)
+        if row["value"] is not None
     ]
-    return _table("Measured by its run", fields, lines) if lines else ""
+    return _table("Measured by its run", titles, lines, "By exact search.") if lines else ""
 
 
 def _parity(parities: Sequence[Parity]) -> str:

@@ -43,7 +43,13 @@ def test_a_runs_student_is_exported_verified_and_a_changed_file_ends_with_4(tmp_
     assert "worst cosine" in made.stdout
     folder = tmp_path / "runs/small/export"
     card = (folder / "README.md").read_text()
-    assert 'license: "mit"' in card and "success" in card
+    assert 'license: "mit"' in card
+    table = card.split("## Measured by its run")[1].split("## Parity")[0]
+    lines = [line.split(" | ")[:4] for line in table.splitlines() if "_to_" in line]
+    assert len(lines) == len({tuple(line) for line in lines}) > 10  # no two say the same of different figures
+    exact = [row for row in report["evaluation"]["rows"] if row["search"] == "exact" and row["pairing"] == "student"]
+    (ten,) = (row for row in exact if (row["direction"], row["measure"], row["k"]) == ("text_to_image", "success", 10))
+    assert f"| test | text_to_image | student | success@10 | {ten['value']:.4f} |" in table
     assert call("verify", folder, cwd=tmp_path).returncode == 0
     data = (folder / "onnx/vision_model.onnx").read_bytes()
     (folder / "onnx/vision_model.onnx").write_bytes(data[:-100])
