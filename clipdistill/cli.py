@@ -259,6 +259,37 @@ def verify(
 
 
 @app.command()
+def serve(
+    export: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export's folder.")],
+    index: Annotated[Path, typer.Option("--index", help="The index that was built with its student.")],
+    pictures: Annotated[
+        Path | None, typer.Option("--pictures", help="The indexed pictures' folder: thumbnails.")
+    ] = None,
+    compare: Annotated[Path | None, typer.Option("--compare", help="Another export, shown beside it.")] = None,
+    compare_index: Annotated[Path | None, typer.Option("--compare-index", help="The other export's index.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The model's name; the folder's when not given.")] = None,
+    precision: Annotated[str, typer.Option("--precision", help="fp32, fp16 or int8.")] = "fp32",
+    host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="The port; 0: any free one.")] = 8000,
+    allow_host: Annotated[
+        list[str] | None, typer.Option("--allow-host", help="A name that requests' Host may say; may be repeated.")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", help="Of ONNX Runtime; 0: its own choice.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", help="Texts or pictures encoded together at most.")] = 32,
+    window_ms: Annotated[float, typer.Option("--window-ms", help="How long a batch waits for company.")] = 2.0,
+    waiting: Annotated[int, typer.Option("--waiting", help="Texts or pictures that may wait; then 503.")] = 512,
+) -> None:
+    """Serve an export over HTTP: search, embeddings, and the search page. SIGTERM finishes what has begun."""
+    from clipdistill.serve.options import Options
+    from clipdistill.stages.serve import Served
+    from clipdistill.stages.serve import serve as serve_export
+
+    options = Options(batch=batch, window_ms=window_ms, waiting=waiting, hosts=tuple(allow_host or ()))
+    served = Served(export, index, name, pictures, compare, compare_index, precision, threads)
+    serve_export(served, options, host, port)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine and installation can do, and what is missing."""
     from clipdistill.doctor import examine

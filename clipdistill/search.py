@@ -152,7 +152,7 @@ class Searcher:
         _check_k(k)
         if not text.strip():
             raise DataError("the query is empty: give a few words")
-        return self._hits(self.encoder.encode_texts([text]), k)
+        return self.by_vector(self.encoder.encode_texts([text])[0], k)
 
     def by_picture(self, picture: Picture, k: int = 10) -> list[Hit]:
         """The rows nearest to a picture, best first; the picture itself is one of them where it is indexed.
@@ -166,10 +166,20 @@ class Searcher:
             ValueError: If k is out of bounds.
         """
         _check_k(k)
-        return self._hits(self.encoder.encode_images([picture]), k)
+        return self.by_vector(self.encoder.encode_images([picture])[0], k)
 
-    def _hits(self, query: Vectors, k: int) -> list[Hit]:
-        ranking = self.index.search(query, k)
+    def by_vector(self, query: Vectors, k: int = 10) -> list[Hit]:
+        """The rows nearest to a query that the encoder has embedded already, best first.
+
+        Args:
+            query: A unit vector [dim].
+            k: How many at most, 1 to 1000.
+
+        Raises:
+            ValueError: If k is out of bounds.
+        """
+        _check_k(k)
+        ranking = self.index.search(query[None], k)
         names = self.index.keys(ranking)[0]
         return [Hit(rank, key, float(ranking.scores[0, rank - 1])) for rank, key in enumerate(names, 1)]
 

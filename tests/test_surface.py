@@ -25,6 +25,7 @@ VERBS = [
     "report",
     "run",
     "search",
+    "serve",
     "sweep",
     "train",
     "verify",
