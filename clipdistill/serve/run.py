@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
@@ -19,8 +22,7 @@ _BACKLOG = 256
 def run(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve until SIGINT or SIGTERM; then take no more connections, finish the open requests, and return.
 
-    Neither addresses nor queries are logged. As uvicorn does, the signal is raised again once all is finished, so that
-    the process ends as one that it ended.
+    Neither addresses nor queries are logged.
 
     Args:
         app: The application.
@@ -47,7 +49,27 @@ def run(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> None:
     _log.info("serve: http://%s:%d", shown, listening.getsockname()[1])
     if not is_loopback(host):
         _log.warning("serve: %s is open to other machines, without a password and without encryption", shown)
-    uvicorn.Server(config).run(sockets=[listening])
+    server = uvicorn.Server(config)
+    with _stopped_by_signals(server):
+        server.run(sockets=[listening])
+
+
+@contextmanager
+def _stopped_by_signals(server: uvicorn.Server) -> Iterator[None]:
+    """Let a signal be an order to stop and nothing more: uvicorn raises it again once all is finished.
+
+    So a service that was told to stop, and did, ends as a success.
+    """
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def is_loopback(host: str) -> bool:

@@ -1,5 +1,6 @@
 """The verb as a user starts it: an export served by a process of its own, over real sockets, until it is stopped."""
 
+import asyncio
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from clipdistill.runtime import RuntimeEncoder
 from clipdistill.search import Searcher
 from clipdistill.serve.app import create_app
 from clipdistill.serve.options import Options
+from clipdistill.serve.run import _listen
 from clipdistill.stages.serve import OneByOne, Served, build_app
 
 pytestmark = pytest.mark.slow
@@ -79,12 +81,6 @@ def test_1_it_answers_as_the_runtime_does(served, made):
     np.testing.assert_array_equal(row, encoder.encode_texts([tiny.caption(3)])[0])
     assert body["usage"]["prompt_tokens"] == np.count_nonzero(encoder.tokenizer.encode([tiny.caption(3)]))
     assert "server" not in client.get("/healthz").headers
-    seconds = []
-    for _ in range(15):
-        started = time.perf_counter()
-        client.get("/healthz")
-        seconds.append(time.perf_counter() - started)
-    assert sorted(seconds)[7] < 0.03  # 40 ms and more where small packets wait for each other
 
 
 def test_2_large_bodies_and_other_hosts_are_refused_over_a_socket(served):
@@ -108,7 +104,7 @@ def test_3_sigterm_ends_it_and_nothing_that_was_asked_is_in_its_log(served):
     client.post("/search", json={"text": "a secret wish"})
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=20)
-    assert process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert process.returncode == 0
     assert "Traceback" not in log
     assert "secret" not in log
     with pytest.raises(httpx.ConnectError):
@@ -135,8 +131,28 @@ def test_a_stop_finishes_the_requests_that_have_begun(tmp_path):
     thread.join(20)
     _, log = process.communicate(timeout=20)
     assert answers[0].json()["hits"][0]["key"] == "goods/red/0.png"
-    assert process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert process.returncode == 0
     assert "Traceback" not in log
+
+
+def test_small_packets_do_not_wait_for_each_other():
+    """An answer's head and body are two; a client acknowledges the first only after 40 ms."""
+
+    class Seen(asyncio.Protocol):
+        def connection_made(self, transport):
+            accepted.set_result(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            transport.close()
+
+    async def run():
+        nonlocal accepted
+        accepted = asyncio.get_running_loop().create_future()
+        listening = _listen("127.0.0.1", 0)
+        async with await asyncio.get_running_loop().create_server(Seen, sock=listening):
+            with socket.create_connection(listening.getsockname()):
+                assert await accepted
+
+    accepted = None
+    asyncio.run(run())
 
 
 def call(folder, *args):
