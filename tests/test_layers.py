@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "clipdistill"
 LAYERS = (
     {"core"},
-    {"config"},
+    {"config", "page"},
     {"data", "losses", "retrieval"},
     {"towers"},  # decodes pictures with data's code; the other sciences stay strangers
     {"cache", "evaluation", "search", "speed", "runtime", "compression", "formats"},

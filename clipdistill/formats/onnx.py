@@ -1,12 +1,14 @@
-"""The layout ``onnx``: both towers as transformers.js names them, in the folder ``onnx``."""
+"""The layout ``onnx``: both towers in the folder ``onnx``, named and described as transformers.js reads them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from clipdistill.core import files
-from clipdistill.formats.graphs import Tower, tower_graph, towers_of, unit_rows
+from clipdistill.formats import hub_files
+from clipdistill.formats.graphs import Tower, served_dim, tower_graph, towers_of, unit_rows
 from clipdistill.formats.precision import CONVERSIONS
 from clipdistill.towers.student import DualEncoder
 
@@ -25,7 +27,7 @@ def write_onnx(student: DualEncoder, folder: Path, precisions: Sequence[str]) ->
 
     Args:
         student: The student.
-        folder: The export, aside; gets ``onnx/``.
+        folder: The export, aside; gets ``onnx/``, and the configurations that transformers.js asks for.
         precisions: Of fp32, fp16 and int8.
 
     Raises:
@@ -36,3 +38,23 @@ def write_onnx(student: DualEncoder, folder: Path, precisions: Sequence[str]) ->
         for precision in precisions:
             model = unit_rows(CONVERSIONS[precision](whole), tower)
             files.write_bytes(folder / graph_path(tower, precision), model.SerializeToString(deterministic=True))
+    hub_files.write_config(folder, _config(student), over=False)
+    if student.preprocess is not None and not list(hub_files.processor_faults(student.preprocess, FOLDER)):
+        hub_files.write_processor(folder, student.preprocess)
+
+
+def _config(student: DualEncoder) -> dict[str, Any]:
+    """A ``config.json`` by which ``CLIPTextModelWithProjection`` and its sibling of transformers.js take the graphs.
+
+    It says what goes in and out, not how the towers are built: that is in the graphs.
+    """
+    ids = hub_files.special_ids(student.tokenizer)
+    text = {"max_position_embeddings": student.tokenizer.context_length, "vocab_size": student.tokenizer.vocab_size}
+    vision = {} if student.preprocess is None else {"vision_config": {"image_size": student.preprocess.size[0]}}
+    return {
+        "model_type": "clip",
+        "projection_dim": served_dim(student),
+        "text_config": {**text, **ids},
+        **vision,
+        **ids,
+    }

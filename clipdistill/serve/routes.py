@@ -16,13 +16,13 @@ from pydantic import BaseModel, ValidationError
 
 from clipdistill.core.errors import suggest
 from clipdistill.data.records import Picture
+from clipdistill.page import load_page
 from clipdistill.retrieval.exact import Vectors
 from clipdistill.serve import bodies, schemas
 from clipdistill.serve.batching import Gate
 from clipdistill.serve.engine import Answer, Engine
 from clipdistill.serve.metrics import CONTENT_TYPE, Metrics
 from clipdistill.serve.options import Options
-from clipdistill.serve.page import load_page
 from clipdistill.serve.problems import AsciiJson, ProblemError, of_validation
 from clipdistill.serve.thumbnails import Thumbnails
 

@@ -71,6 +71,7 @@ def test_the_folder_holds_what_the_contract_says(exported):
         f"onnx/{tower}_model{suffix}.onnx" for tower in ("text", "vision") for suffix in ("", "_fp16", "_quantized")
     }
     assert files >= graphs | {"tokenizer.json", "open_clip_config.json", "open_clip_model.safetensors", "README.md"}
+    assert files >= {"config.json", "preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json"}
     assert values["files"] == {name: fingerprint.of_file(folder / name) for name in files - {"manifest.json"}}
     assert set(values["parity"]) == {"open_clip", "onnx/fp32", "onnx/fp16", "onnx/int8"}
     for name, bar in (("open_clip", 0.99999), ("onnx/fp32", 0.99999), ("onnx/fp16", 0.9999), ("onnx/int8", 0.995)):
