@@ -261,12 +261,17 @@ def verify(
 @app.command()
 def serve(
     export: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export's folder.")],
-    index: Annotated[Path, typer.Option("--index", help="The index that was built with its student.")],
+    index: Annotated[
+        Path | None,
+        typer.Option("--index", help="An index that was built with its student; EXPORT/index if not given."),
+    ] = None,
     pictures: Annotated[
         Path | None, typer.Option("--pictures", help="The indexed pictures' folder: thumbnails.")
     ] = None,
     compare: Annotated[Path | None, typer.Option("--compare", help="Another export, shown beside it.")] = None,
-    compare_index: Annotated[Path | None, typer.Option("--compare-index", help="The other export's index.")] = None,
+    compare_index: Annotated[
+        Path | None, typer.Option("--compare-index", help="The other export's index; COMPARE/index if not given.")
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The model's name; the folder's when not given.")] = None,
     precision: Annotated[str, typer.Option("--precision", help="fp32, fp16 or int8.")] = "fp32",
     host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",

@@ -21,6 +21,8 @@ class ExportConfig(Section):
     """Of the ONNX graphs."""
     probes: Positive = 256
     """With how many pictures of the evaluation set, and texts, the layouts are proved, at most."""
+    index: bool = True
+    """Whether the run's index travels along, where there is one; it must have been built with this very student."""
     licence: str | None = None
     """The SPDX identifier of the student's licence, for the model card."""
     teacher_licence: str | None = None

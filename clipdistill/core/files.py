@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 TEMPORARY = ".partial-"
@@ -102,6 +102,12 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a relative name leads to a file below its folder, on any operating system; symbolic links aside."""
+    windows = PureWindowsPath(name)  # it takes both kinds of slashes for separators
+    return bool(windows.parts) and not windows.drive and not windows.root and ".." not in windows.parts
 
 
 def folder_bytes(folder: Path) -> int:

@@ -86,7 +86,7 @@ def _licences(facts: CardFacts) -> str:
 def _figures(report: Mapping[str, Any]) -> str:
     """The exact figures of the student and its teacher, one a line with its interval; empty without an evaluation.
 
-    Those of an approximate index are left to the report: the export holds no index.
+    Those of an approximate index are left to the report.
     """
     rows = [row for row in report.get("evaluation", {}).get("rows", []) if row["search"] == "exact"]
     titles = ("set", "direction", "query and gallery", "measure", "value", "95% interval", "queries", "gallery")
@@ -135,7 +135,24 @@ def _use(values: Mapping[str, Any]) -> str:
             'ids = np.array([tokenizer.encode("a red bicycle").ids])\n'
             '(texts,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})\n```'
         )
+    if values["index"] is not None:
+        parts.append(_index_use(values["index"], "onnx" in values["layouts"]))
     return "\n\n".join(parts)
+
+
+def _index_use(index: Mapping[str, Any], runtime: bool) -> str:
+    """How the index in ``index/`` is searched."""
+    what = f"The FAISS index in `index/` holds {index['vectors']} pictures ({index['factory']}) and their names"
+    if not runtime:
+        return f"{what}, by this very encoder."
+    return (
+        f"{what}. Search it over HTTP with `clipdistill serve FOLDER`, or without torch in Python:\n\n```python\n"
+        "from clipdistill.retrieval.index import VectorIndex\nfrom clipdistill.runtime import RuntimeEncoder\n"
+        "from clipdistill.search import Searcher\n\n"
+        'encoder = RuntimeEncoder.load("FOLDER")\n'
+        'index = VectorIndex.load("FOLDER/index", encoder=encoder.fingerprint)\n'
+        'hits = Searcher(encoder, index).by_text("a red bicycle", 10)\n```'
+    )
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from clipdistill.core import files, fingerprint, manifest
 from clipdistill.core.errors import ConfigError, DataError, MismatchError
 from clipdistill.formats.card import CardFacts, card
+from clipdistill.formats.contents import INDEX_FILES, check_contents, copied_index, index_facts
 from clipdistill.formats.graphs import served_dim
 from clipdistill.formats.layouts import (
     LAYOUTS,
@@ -23,6 +24,7 @@ from clipdistill.formats.layouts import (
 )
 from clipdistill.formats.parity import Parity, measure
 from clipdistill.formats.probe import CHECK, Probe, expected_rows, read_check, write_check
+from clipdistill.retrieval.index import FOLDER, VectorIndex
 from clipdistill.towers.preprocess import Preprocess
 from clipdistill.towers.student import DualEncoder
 
@@ -44,6 +46,7 @@ class ExportReport:
         precisions: Those of ``onnx``.
         parities: One for each reading.
         sizes: Bytes by file.
+        vectors: How many pictures its index holds; 0 where it has none.
     """
 
     folder: Path
@@ -53,6 +56,7 @@ class ExportReport:
     precisions: tuple[str, ...]
     parities: tuple[Parity, ...]
     sizes: dict[str, int]
+    vectors: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -67,7 +71,8 @@ class ExportReport:
             for tower, values in one.towers.items():
                 cosine = f"worst cosine {values['worst_cosine']:.7f} of {values['rows']} rows (at least {one.bar})"
                 found.append(f"{one.reading:<12} {tower:<6} {cosine}  {one.library}{recall}")
-        return [*found, f"export: {self.folder} ({sum(self.sizes.values()) / 1e6:.1f} MB)"]
+        index = f", with an index of {self.vectors} pictures" if self.vectors else ""
+        return [*found, f"export: {self.folder} ({sum(self.sizes.values()) / 1e6:.1f} MB{index})"]
 
 
 def export(
@@ -78,6 +83,7 @@ def export(
     *,
     probe: Probe,
     facts: CardFacts | None = None,
+    index: str | Path | None = None,
 ) -> ExportReport:
     """Write a student in the layouts that its consumers read, and keep it only if each of them embeds as it does.
 
@@ -88,10 +94,13 @@ def export(
         precisions: Of the ONNX graphs: fp32, fp16, int8.
         probe: What the layouts are proved with.
         facts: What the model card says beside what is measured.
+        index: The folder of an index that was built with this student, or with the teacher that a text tower alone
+            searches; a copy of it travels in ``index/``. None: no index.
 
     Raises:
         ConfigError: If a name is unknown, or this student cannot be written in a layout: all faults at once.
         DataError: If the folder holds something else than an export.
+        MismatchError: If another encoder made the index, with both fingerprints.
         MissingExtraError: If a library is missing.
         ParityError: If a consumer embeds otherwise than the student, with the figures; no export is left then.
     """
@@ -104,6 +113,7 @@ def export(
     _refuse_other(folder)
     values = _values(student, layouts, precisions)
     with files.replaced_folder(folder) as aside:
+        found = None if index is None else copied_index(Path(index), aside, values["encoder"])
         student.tokenizer.save(aside)
         for name in layouts:
             _log.info("export: writing %s", name)
@@ -112,18 +122,17 @@ def export(
         parities = []
         for reading in readings_of(layouts, precisions):
             _log.info("export: loading %s with %s", reading.name, reading.library)
-            parities.append(measure(reading, aside, probe, expected))
+            parities.append(measure(reading, aside, probe, expected, found))
         write_check(student, probe, aside / CHECK)
-        sizes = _sizes(aside)
-        files.write_text(aside / CARD, card(facts or CardFacts(), values, parities, sizes))
+        values["index"] = index_facts(found)
+        files.write_text(aside / CARD, card(facts or CardFacts(), values, parities, _sizes(aside)))
         values |= {
             "parity": {one.reading: one.towers for one in parities},
             "recall": {one.reading: one.recall for one in parities},
-            "needs": list(files_of(layouts, student, precisions)),
+            "needs": [*files_of(layouts, student, precisions), *(() if found is None else INDEX_FILES)],
         }
         manifest.write(aside, KIND, VERSION, values, fingerprint.of_folder(aside, skip=()))
-        sizes = _sizes(aside)
-    return ExportReport(folder, values["encoder"], values["dim"], layouts, precisions, tuple(parities), sizes)
+    return _report(folder, values, parities, found)
 
 
 def verify(folder: str | Path) -> ExportReport:
@@ -136,20 +145,53 @@ def verify(folder: str | Path) -> ExportReport:
 
     Raises:
         DataError: If it is no export.
-        MismatchError: If a file is missing or is not the one that was written.
+        MismatchError: If a file is missing, is not the one that was written or is not listed, or another encoder made
+            the index.
         MissingExtraError: If a consumer's library is missing.
         ParityError: If a consumer embeds otherwise here than the student did.
     """
     folder = Path(folder)
     values = manifest.read(folder, KIND, VERSION, _REMEDY)
     _check_values(folder, values)
-    manifest.verify_files(folder, values["files"], _REMEDY)
+    check_contents(folder, values["files"], _REMEDY)
     layouts, precisions = tuple(values["layouts"]), tuple(values["precisions"])
     check_packages(layouts)
-    preprocess = values["preprocess"]
-    probe, expected = read_check(folder / CHECK, None if preprocess is None else Preprocess.from_open_clip(preprocess))
-    parities = tuple(measure(one, folder, probe, expected) for one in readings_of(layouts, precisions))
-    return ExportReport(folder, values["encoder"], values["dim"], layouts, precisions, parities, _sizes(folder))
+    probe, expected = read_check(folder / CHECK, _preprocess(folder, values))
+    index = None if values["index"] is None else VectorIndex.load(folder / FOLDER, encoder=values["encoder"])
+    parities = [measure(one, folder, probe, expected, index) for one in readings_of(layouts, precisions)]
+    return _report(folder, values, parities, index)
+
+
+def _report(
+    folder: Path,
+    values: dict[str, Any],
+    parities: Sequence[Parity],
+    index: VectorIndex | None,
+) -> ExportReport:
+    return ExportReport(
+        folder,
+        values["encoder"],
+        values["dim"],
+        tuple(values["layouts"]),
+        tuple(values["precisions"]),
+        tuple(parities),
+        _sizes(folder),
+        0 if index is None else len(index),
+    )
+
+
+def _preprocess(folder: Path, values: dict[str, Any]) -> Preprocess | None:
+    """The export's preprocessing; None for a text tower alone.
+
+    Raises:
+        DataError: If the manifest's is none.
+    """
+    if values["preprocess"] is None:
+        return None
+    try:
+        return Preprocess.from_open_clip(values["preprocess"])
+    except (TypeError, ValueError) as fault:
+        raise DataError(f"{folder / manifest.NAME}: preprocess: {fault}. {_REMEDY}") from fault
 
 
 def _values(student: DualEncoder, layouts: Sequence[str], precisions: Sequence[str]) -> dict[str, Any]:
@@ -178,8 +220,9 @@ def _check_values(folder: Path, values: dict[str, Any]) -> None:
     for field, kind in kinds.items():
         if not isinstance(values.get(field), kind):
             raise DataError(f"{place}: {field} is missing or no {kind.__name__}. {_REMEDY}")
-    if not isinstance(values.get("preprocess"), dict | None):
-        raise DataError(f"{place}: preprocess is neither a mapping nor null. {_REMEDY}")
+    for field in ("preprocess", "index"):
+        if not isinstance(values.setdefault(field, None), dict | None):
+            raise DataError(f"{place}: {field} is neither a mapping nor null. {_REMEDY}")
     faults = list(name_faults(values["layouts"], values["precisions"] or PRECISIONS))
     if faults:
         raise DataError(f"{place}: {'; '.join(faults)}. {_REMEDY}")

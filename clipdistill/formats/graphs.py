@@ -7,6 +7,7 @@ its own mask and position table to the length that it is given, which equals pad
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ OUTPUTS: dict[Tower, str] = {"image": "image_embeds", "text": "text_embeds"}
 _FEATURES = "tower_features"  # never "embedding": torch's exporter writes an invalid file where an output has that name
 _EXAMPLES, _LEAST_NORM = 5, 1e-12
 _LARGEST_BATCH = 1 << 16
+LARGEST = (1 << 31) - (1 << 24)
+"""Bytes of weights that fit an ONNX file: a protocol buffer ends at 2 GiB, and the nodes need some of it."""
 
 
 class _TextTower(nn.Module):
@@ -126,6 +129,32 @@ def unit_rows(model: Any, tower: Tower) -> Any:
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", dim]))
     return model
+
+
+def serialised(model: Any, tower: Tower, precision: str) -> bytes:
+    """An ONNX model as the bytes of one file.
+
+    Args:
+        model: The model.
+        tower: Which tower it is, for the message.
+        precision: Of its weights, for the message.
+
+    Raises:
+        ConfigError: If its weights are more than a protocol buffer, and so a file, can hold.
+    """
+    from onnx import helper
+
+    weights = sum(
+        math.prod(table.dims) * helper.tensor_dtype_to_np_dtype(table.data_type).itemsize
+        for table in model.graph.initializer
+    )
+    if weights > LARGEST:
+        raise ConfigError(
+            f"export.precisions: the {tower} tower's graph in {precision} has {weights / 1e9:.2f} GB of weights, and "
+            f"an ONNX file holds {LARGEST / 1e9:.2f} GB. Write fp16 (half of fp32) or int8 (a quarter) alone, leave "
+            f"out the layouts that need fp32, or take a smaller tower (student.{tower})"
+        )
+    return bytes(model.SerializeToString(deterministic=True))
 
 
 def _map_to_teacher(student: DualEncoder) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from clipdistill.core import files
 from clipdistill.formats import hub_files
-from clipdistill.formats.graphs import Tower, served_dim, tower_graph, towers_of, unit_rows
+from clipdistill.formats.graphs import Tower, serialised, served_dim, tower_graph, towers_of, unit_rows
 from clipdistill.formats.precision import CONVERSIONS
 from clipdistill.towers.student import DualEncoder
 
@@ -31,13 +31,13 @@ def write_onnx(student: DualEncoder, folder: Path, precisions: Sequence[str]) ->
         precisions: Of fp32, fp16 and int8.
 
     Raises:
-        ConfigError: If a tower cannot be written as ONNX.
+        ConfigError: If a tower cannot be written as ONNX, or not in one file.
     """
     for tower in towers_of(student):
         whole = tower_graph(student, tower)
         for precision in precisions:
             model = unit_rows(CONVERSIONS[precision](whole), tower)
-            files.write_bytes(folder / graph_path(tower, precision), model.SerializeToString(deterministic=True))
+            files.write_bytes(folder / graph_path(tower, precision), serialised(model, tower, precision))
     hub_files.write_config(folder, _config(student), over=False)
     if student.preprocess is not None and not list(hub_files.processor_faults(student.preprocess, FOLDER)):
         hub_files.write_processor(folder, student.preprocess)

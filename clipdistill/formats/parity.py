@@ -17,6 +17,7 @@ from clipdistill.core.errors import ParityError
 from clipdistill.formats.layouts import Reading
 from clipdistill.formats.probe import Probe, Rows
 from clipdistill.retrieval.exact import Vectors, exact_top_k
+from clipdistill.retrieval.index import VectorIndex
 from clipdistill.retrieval.measures import overlap_at_k, success_at_k
 
 BARS = {"fp32": 0.99999, "fp16": 0.9999, "int8": 0.995}
@@ -34,8 +35,10 @@ class Parity:
         library: The consumer's library with its version.
         towers: For each tower its ``worst_cosine``, and how many ``rows`` that is the worst of.
         bar: What the worst cosine must reach.
-        recall: ``overlap10`` of its text to picture ranking with the student's own, and ``success10`` with
-            ``student_success10`` beside it where the right pictures are known; empty where there is nothing to rank.
+        recall: ``overlap10`` of its text to picture ranking with the student's own, ``success10`` with
+            ``student_success10`` beside it where the right pictures are known, and ``index_overlap10`` where the export
+            has an index: of what its texts find there with what the student's find. Where fewer than 11 can be found,
+            the number in the name is the largest that is not all of them; empty where there is nothing to rank.
     """
 
     reading: str
@@ -49,7 +52,7 @@ class Parity:
         return asdict(self)
 
 
-def measure(reading: Reading, folder: Path, probe: Probe, expected: Rows) -> Parity:
+def measure(reading: Reading, folder: Path, probe: Probe, expected: Rows, index: VectorIndex | None = None) -> Parity:
     """Load an export with its consumer, in a fresh process, and compare what it embeds with the student.
 
     Args:
@@ -57,6 +60,7 @@ def measure(reading: Reading, folder: Path, probe: Probe, expected: Rows) -> Par
         folder: The export, finished or still aside.
         probe: What is embedded.
         expected: The student's own embeddings.
+        index: The export's; None where it has none.
 
     Raises:
         ParityError: If the consumer cannot load or run it, or rows are missing, not unit or too far from the
@@ -73,7 +77,8 @@ def measure(reading: Reading, folder: Path, probe: Probe, expected: Rows) -> Par
         worst = min(_worst(reading, tower, rows, own), _worst(reading, tower, alone, own[: len(alone)]))
         towers[tower] = {"worst_cosine": worst, "rows": len(rows)}
     bar = BARS[reading.precision]
-    measured = Parity(reading.name, f"{reading.library} {version}", towers, bar, _recall(probe, found, expected))
+    recall = _recall(probe, found, expected) | ({} if index is None else _index_recall(index, found, expected))
+    measured = Parity(reading.name, f"{reading.library} {version}", towers, bar, recall)
     _refuse_below(measured)
     return measured
 
@@ -114,17 +119,31 @@ def _worst(reading: Reading, tower: str, rows: Vectors, own: Vectors) -> float:
 def _recall(probe: Probe, found: Rows, expected: Rows) -> dict[str, float]:
     """The text to picture ranking through the export, against the student's own and the right pictures."""
     pictures = (found.get("image"), expected.get("image")) if probe.gallery is None else (probe.gallery,) * 2
-    if pictures[0] is None or pictures[1] is None or len(pictures[0]) <= _TOP:
+    if pictures[0] is None or pictures[1] is None or (top := _depth(len(pictures[0]))) < 1:
         return {}
-    theirs = exact_top_k(found["text"], pictures[0], _TOP).ids
-    own = exact_top_k(expected["text"], pictures[1], _TOP).ids
-    values = {"overlap10": float(np.mean(overlap_at_k(theirs, own, _TOP)))}
+    theirs = exact_top_k(found["text"], pictures[0], top).ids
+    own = exact_top_k(expected["text"], pictures[1], top).ids
+    values = {f"overlap{top}": float(np.mean(overlap_at_k(theirs, own, top)))}
     asked = np.array([row for row, right in enumerate(probe.relevant) if right], np.int64)
     if len(asked):
         right = [probe.relevant[row] for row in asked]
-        values["success10"] = float(np.mean(success_at_k(theirs[asked], right, _TOP)))
-        values["student_success10"] = float(np.mean(success_at_k(own[asked], right, _TOP)))
+        values[f"success{top}"] = float(np.mean(success_at_k(theirs[asked], right, top)))
+        values[f"student_success{top}"] = float(np.mean(success_at_k(own[asked], right, top)))
     return values
+
+
+def _index_recall(index: VectorIndex, found: Rows, expected: Rows) -> dict[str, float]:
+    """How far what the export's texts find in its index is what the student's find in the same index."""
+    top = _depth(len(index))
+    if top < 1:
+        return {}
+    theirs, own = (index.search(rows["text"], top).ids for rows in (found, expected))
+    return {f"index_overlap{top}": float(np.mean(overlap_at_k(theirs, own, top)))}
+
+
+def _depth(rows: int) -> int:
+    """How deep a ranking of so many rows is compared: 10, or one less than all, which any two rankings have alike."""
+    return min(_TOP, rows - 1)
 
 
 def _read(reading: Reading, folder: Path, probe: Probe) -> tuple[Rows, str]:

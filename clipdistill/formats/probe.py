@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,12 +134,18 @@ def read_check(path: Path, preprocess: Any) -> tuple[Probe, Rows]:
     Args:
         path: The file.
         preprocess: The export's :class:`~clipdistill.towers.preprocess.Preprocess`; None for a text tower alone.
+
+    Raises:
+        DataError: If the file is not what :func:`write_check` writes.
     """
-    with np.load(path, allow_pickle=False) as stored:
-        parts = dict(stored)
-    pixels = None if preprocess is None else preprocess.normalise(_enlarged(parts["patches"], preprocess.size))
-    rows = {tower: parts[f"{tower}_embeds"] for tower in ("image", "text") if f"{tower}_embeds" in parts}
-    return Probe(parts["input_ids"], pixels), rows
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            parts = dict(stored)
+        pixels = None if preprocess is None else preprocess.normalise(_enlarged(parts["patches"], preprocess.size))
+        towers = ("text",) if preprocess is None else ("image", "text")
+        return Probe(parts["input_ids"], pixels), {tower: parts[f"{tower}_embeds"] for tower in towers}
+    except (OSError, EOFError, ValueError, IndexError, KeyError, zipfile.BadZipFile) as fault:
+        raise DataError(f"{path}: holds no probes: {fault}. Export again: clipdistill export RUN.toml") from fault
 
 
 def _enlarged(patches: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:

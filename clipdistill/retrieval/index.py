@@ -22,8 +22,11 @@ from clipdistill.retrieval.stored import EXACT_LAYOUTS, exact_vectors
 KIND = "index"
 VERSION = 1
 METRIC = "inner_product"
+FOLDER = "index"
+"""Where an export holds the index of its student."""
 _INDEX_FILE, _IDS_FILE = "index.faiss", "ids.jsonl"
-_OWN_FILES = {_INDEX_FILE, _IDS_FILE, manifest.NAME}
+FILES = (_INDEX_FILE, _IDS_FILE, manifest.NAME)
+"""What an index's folder holds."""
 _FIELDS = (
     "factory", "resolved_factory", "search_params", "dim", "count", "metric", "encoder", "load_bytes", "files",
 )  # fmt: skip
@@ -190,9 +193,7 @@ class VectorIndex:
             DataError: If the folder holds anything else, which would be lost.
         """
         folder = Path(folder)
-        strange = (
-            sorted(path.name for path in folder.iterdir() if path.name not in _OWN_FILES) if folder.is_dir() else []
-        )
+        strange = sorted(path.name for path in folder.iterdir() if path.name not in FILES) if folder.is_dir() else []
         if strange:
             raise DataError(
                 f"{folder}: holds {strange[0]!r}, which is not part of an index. Choose a folder of its own"

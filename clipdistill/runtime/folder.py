@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, final
 
-from clipdistill.core import manifest
+from clipdistill.core import files, manifest
 from clipdistill.core.errors import ConfigError, DataError, MismatchError, suggest
 from clipdistill.towers.encoder import SearchedTeacher
 from clipdistill.towers.preprocess import Preprocess
@@ -60,7 +60,7 @@ class ExportFolder:
         digests = values.mapping("files")
         for name, digest in digests.items():
             values.check("files", isinstance(digest, str), f"a SHA-256 for {name}", digest)
-            if not _stays_inside(name):
+            if not files.stays_inside(name):
                 raise DataError(
                     f"{path / manifest.NAME}: files: {name!r} is not the name of a file inside the folder. {REMEDY}"
                 )
@@ -170,9 +170,3 @@ def _whole(value: object, least: int) -> bool:
 
 def _names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _stays_inside(name: str) -> bool:
-    """Whether a relative name leads to a file below the folder, on any operating system."""
-    windows = PureWindowsPath(name)  # it takes both kinds of slashes for separators
-    return bool(windows.parts) and not windows.drive and not windows.root and ".." not in windows.parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from clipdistill.stages.teachers import open_teachers
 from clipdistill.stages.workspace import Workspace
 from clipdistill.towers.student import DualEncoder
 
+_log = logging.getLogger("clipdistill")
+
 
 def export_run(workspace: Workspace, to: Path | None = None) -> ExportReport:
     """Export the student of a run.
@@ -30,6 +33,7 @@ def export_run(workspace: Workspace, to: Path | None = None) -> ExportReport:
     Raises:
         ConfigError: If this student cannot be written in a layout.
         DataError: If the run has no student yet, or no rows to prove an export with, or the folder is something else.
+        MismatchError: If the run's index was built with another student.
         MissingExtraError: If a library is missing.
         ParityError: If a consumer embeds otherwise than the student; no export is left then.
     """
@@ -48,6 +52,7 @@ def export_run(workspace: Workspace, to: Path | None = None) -> ExportReport:
         config.export.precisions,
         probe=probe,
         facts=_facts(workspace, student),
+        index=_index(workspace),
     )
 
 
@@ -75,6 +80,16 @@ def _gallery(workspace: Workspace, data: RunData, rows: Judged) -> Vectors:
     """The teacher's stored embeddings of the pictures that a text tower alone searches."""
     cache, _ = open_cache(workspace, data, open_teachers(workspace.config))
     return cache.image_rows(rows.keys)
+
+
+def _index(workspace: Workspace) -> Path | None:
+    """The run's index, where there is one and it is to travel along."""
+    if not workspace.config.export.index:
+        return None
+    if not workspace.index.exists():
+        _log.info("export: without an index, as the run has none. Make it with: clipdistill index RUN.toml")
+        return None
+    return workspace.index
 
 
 def _facts(workspace: Workspace, student: DualEncoder) -> CardFacts:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast, final
 
 from clipdistill.core.errors import ConfigError, MissingExtraError
 from clipdistill.data.records import Picture
-from clipdistill.retrieval.index import VectorIndex
+from clipdistill.retrieval.index import FOLDER, VectorIndex
 from clipdistill.search import Searcher
 from clipdistill.serve.options import Options
 from clipdistill.towers.encoder import Encoder, Vectors
@@ -31,17 +31,17 @@ class Served:
 
     Attributes:
         export: An export's folder.
-        index: The index that was built with its student.
+        index: The index that was built with its student; None = the one that the export holds.
         name: What the model is called; the export's folder name where None.
         pictures: The folder of the indexed pictures, for thumbnails; None = no thumbnails.
         compare: Another export whose results are shown beside; None = none.
-        compare_index: Its index.
+        compare_index: Its index; None = the one that it holds.
         precision: Of the ONNX graphs: fp32, fp16 or int8.
         threads: For ONNX Runtime; 0 = its own choice.
     """
 
     export: Path
-    index: Path
+    index: Path | None = None
     name: str | None = None
     pictures: Path | None = None
     compare: Path | None = None
@@ -60,7 +60,7 @@ def serve(served: Served, options: Options, host: str, port: int) -> None:
         port: The port; 0 = any free one.
 
     Raises:
-        ConfigError: For a folder that is not there, one half of a comparison, or an address that cannot be used.
+        ConfigError: For a folder that is not there, an index without its export, or an address that cannot be used.
         MismatchError: If an index was made by another encoder.
         MissingExtraError: If the libraries of the service are not installed.
     """
@@ -80,18 +80,18 @@ def build_app(served: Served, options: Options) -> FastAPI:
         options: The bounds.
 
     Raises:
-        ConfigError: For a folder that is not there, or one half of a comparison.
+        ConfigError: For a folder that is not there, or an index without its export.
         MismatchError: If an index was made by another encoder.
     """
     from clipdistill.serve.app import create_app
     from clipdistill.serve.thumbnails import PictureFolder
 
-    if (served.compare is None) != (served.compare_index is None):
-        raise ConfigError("--compare and --compare-index: give both, or neither: the second model needs its own index")
+    if served.compare is None and served.compare_index is not None:
+        raise ConfigError("--compare-index: give --compare too: the export whose index it is")
     name = served.name or served.export.resolve().name
     searcher, tokenizer = _searcher(served, served.export, served.index)
     compared = None
-    if served.compare is not None and served.compare_index is not None:
+    if served.compare is not None:
         other = served.compare.resolve().name
         compared = (
             other if other != name else f"{other} (compared)",
@@ -107,9 +107,15 @@ def build_app(served: Served, options: Options) -> FastAPI:
     )
 
 
-def _searcher(served: Served, export: Path, index: Path) -> tuple[Searcher, StudentTokenizer]:
+def _searcher(served: Served, export: Path, index: Path | None) -> tuple[Searcher, StudentTokenizer]:
     from clipdistill.runtime import RuntimeEncoder
 
+    if index is None and export.is_dir() and not (export / FOLDER).is_dir():
+        raise ConfigError(
+            f"index: {export} holds none. Give one with --index INDEX, or export again after: "
+            "clipdistill index RUN.toml"
+        )
+    index = index or export / FOLDER
     for what, folder in (("export", export), ("index", index)):
         if not folder.is_dir():
             raise ConfigError(f"{what}: {folder}: not a folder. Make it with: clipdistill {what} RUN.toml")

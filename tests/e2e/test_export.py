@@ -41,6 +41,7 @@ def test_a_runs_student_is_exported_verified_and_a_changed_file_ends_with_4(tmp_
     assert [one["reading"] for one in found["parities"]] == ["open_clip", "onnx/fp32", "onnx/int8"]
     assert all(one["towers"]["image"]["rows"] == 10 for one in found["parities"])
     assert "worst cosine" in made.stdout
+    assert found["vectors"] == 42 and found["parities"][1]["recall"]["index_overlap10"] == 1
     folder = tmp_path / "runs/small/export"
     card = (folder / "README.md").read_text()
     assert 'license: "mit"' in card
@@ -57,6 +58,11 @@ def test_a_runs_student_is_exported_verified_and_a_changed_file_ends_with_4(tmp_
     assert tampered.returncode == 4
     assert "onnx/vision_model.onnx: sha256 does not match: expected" in tampered.stderr
     assert "Traceback" not in tampered.stderr
+    noted = tmp_path / "runs/small/index/manifest.json"
+    noted.write_text(noted.read_text().replace(report["student_fingerprint"], "f" * 64))
+    foreign = call("export", "run.toml", "--to", "other", cwd=tmp_path)
+    assert foreign.returncode == 4 and not (tmp_path / "other").exists()
+    assert all(part in foreign.stderr for part in ("f" * 64, report["student_fingerprint"], "clipdistill index"))
     elsewhere = call("export", "run.toml", "--to", "train", cwd=tmp_path)
     assert elsewhere.returncode == 2 and "left alone" in elsewhere.stderr
     assert (tmp_path / "train/p000.png").exists()

@@ -12,6 +12,7 @@ from training import little
 from clipdistill.core import fingerprint
 from clipdistill.core.errors import ConfigError, DataError, MismatchError, MissingExtraError, ParityError
 from clipdistill.formats import CardFacts, Probe, export, verify
+from clipdistill.retrieval.index import VectorIndex
 from clipdistill.towers.encoder import SearchedTeacher
 from clipdistill.towers.student import DualEncoder, assemble, projections
 
@@ -55,7 +56,10 @@ def exported(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "made"
     right = [(), (), *((row,) for row in range(14)), ()]
     facts = CardFacts(name="a | b: c", licence="Apache-2.0", teacher="big", data_licence="CC-BY-4.0")
-    return student, folder, export(student, folder, (), ALL, probe=probe(student, relevant=right), facts=facts)
+    vectors = student.encode_images([pair.picture for pair in PAIRS])
+    VectorIndex.build(vectors, [pair.key for pair in PAIRS], encoder=student.fingerprint).save(folder.parent / "index")
+    given = {"probe": probe(student, relevant=right), "facts": facts, "index": folder.parent / "index"}
+    return student, folder, export(student, folder, (), ALL, **given)
 
 
 def test_the_folder_holds_what_the_contract_says(exported):
@@ -80,6 +84,10 @@ def test_the_folder_holds_what_the_contract_says(exported):
             assert values["parity"][name][tower]["rows"] == rows
     assert values["recall"]["onnx/fp32"]["overlap10"] == 1
     assert values["recall"]["onnx/fp32"]["success10"] == values["recall"]["onnx/fp32"]["student_success10"]
+    assert values["recall"]["open_clip"]["index_overlap10"] == values["recall"]["onnx/fp32"]["index_overlap10"] == 1
+    assert 0.8 <= values["recall"]["onnx/int8"]["index_overlap10"] <= 1
+    assert values["index"] == {"vectors": 14, "factory": "Flat", "encoder": student.fingerprint}
+    assert report.vectors == 14 and "with an index of 14 pictures" in report.lines()[-1]
     assert report.to_json()["bytes"] == sum((folder / name).stat().st_size for name in files)
 
 
@@ -130,7 +138,14 @@ def test_the_card_says_licences_figures_and_use(exported):
     text = (folder / "README.md").read_text()
     head = text.split("---")[1]
     assert 'license: "apache-2.0"' in head
-    for part in ("# a | b: c", "| training data | CC-BY-4.0 |", "| teacher | not stated |", "onnx/int8", "local-dir:"):
+    for part in (
+        "# a | b: c",
+        "| training data | CC-BY-4.0 |",
+        "| teacher | not stated |",
+        "onnx/int8",
+        "local-dir:",
+        "FOLDER/index",
+    ):
         assert part in text, text
 
 
@@ -140,6 +155,8 @@ def test_verify_loads_it_again(exported):
     assert [one.reading for one in again.parities] == [one.reading for one in report.parities]
     assert all(values["rows"] == 8 for one in again.parities for values in one.towers.values())
     assert again.sizes == report.sizes
+    assert again.parities[0].recall == {"overlap7": 1, "index_overlap10": 1}  # of the 8 pictures that travel
+    assert again.vectors == 14
 
 
 @pytest.mark.parametrize("name", ["onnx/text_model.onnx", "open_clip_model.safetensors", "tokenizer.json", "check.npz"])

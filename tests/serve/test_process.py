@@ -168,7 +168,7 @@ def test_what_cannot_be_served_ends_with_its_exit_code_and_a_next_step(made, tmp
         (["nothing", "--index", "index"], 2, "export: nothing: not a folder"),
         (["small", "--index", "nothing"], 2, "index: nothing: not a folder"),
         (["small", "--index", str(tmp_path / "index")], 4, "expected " + tiny_export.ENCODER),
-        (["small", "--index", "index", "--compare", "small"], 2, "give both, or neither"),
+        (["small", "--index", "index", "--compare", "small"], 2, "small holds none. Give one with --index"),
         (["small", "--index", "index", "--waiting", "3"], 2, "serve.waiting: 3"),
     ]
     for args, code, words in cases:
