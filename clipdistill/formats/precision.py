@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 _STEPS = 127  # of a symmetric int8 weight
 _LEAST_HALVED = 16  # entries; scalars and the like save nothing
+_LEAST_KERNEL = 10_000  # weights of a convolution in int8
 
 
 def as_float32(model: Any) -> Any:
@@ -38,10 +39,8 @@ def as_float16(model: Any) -> Any:
     for table in list(graph.initializer):
         if table.data_type != TensorProto.FLOAT or np.prod(table.dims) < _LEAST_HALVED:
             continue
-        values = numpy_helper.to_array(table)
-        with np.errstate(over="ignore"):
-            short = values.astype(np.float16)
-        if bool((np.isinf(short) != np.isinf(values)).any()):
+        short = _halved(numpy_helper.to_array(table))
+        if short is None:
             continue
         name = f"{table.name}_half"
         casts.append(helper.make_node("Cast", [name], [table.name], name=f"{table.name}_whole", to=TensorProto.FLOAT))
@@ -59,7 +58,8 @@ def as_int8(model: Any) -> Any:
     Matrix products are ONNX Runtime's dynamic quantisation: a scale for each channel, and a reduced range, because
     processors without VNNI saturate the sum of two products (worst cosine 0.991 against 0.9997). Convolutions, whose
     integer form ONNX Runtime has no fast kernel for, keep their weights in int8 with a scale for each output channel
-    and compute in float32. Tables that rows are looked up in (of tokens) have a scale for each row.
+    and compute in float32; small and depthwise kernels, which hold few of the weights and whose errors cost the most,
+    are float16 (an EfficientNet-Lite0 of 4 MB grows by 0.2, and its worst cosine goes from 0.969 to 0.9994). Tables that rows are looked up in (of tokens) have a scale for each row.
 
     Args:
         model: A float32 model; it is left as it is.
@@ -78,7 +78,7 @@ def as_int8(model: Any) -> Any:
             weight_type=QuantType.QInt8,
         )
         quantised = onnx.load(path)
-    _rewrite(quantised, "Conv", 1, _quantised_kernel)
+    _rewrite(quantised, "Conv", 1, _shorter_kernel)
     _rewrite(quantised, "Gather", 0, _quantised_table)
     return quantised
 
@@ -117,6 +117,22 @@ def _worth_it(table: Any) -> bool:
     return bool(table.data_type == TensorProto.FLOAT and len(table.dims) > 1 and np.prod(table.dims[1:]) > 1)
 
 
+def _shorter_kernel(graph: Any, name: str, node: Any) -> list[Any]:
+    """The convolution with its weight in float16 where that is small or depthwise, and in int8 otherwise."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    kernel = _value(graph, name)
+    half = _halved(kernel)
+    if half is None or (kernel.size >= _LEAST_KERNEL and kernel.shape[1] > 1):
+        return _quantised_kernel(graph, name, node)
+    graph.initializer.append(numpy_helper.from_array(half, f"{name}_half"))
+    node.input[1] = f"{name}_float"
+    return [
+        helper.make_node("Cast", [f"{name}_half"], [node.input[1]], name=f"{name}_float", to=TensorProto.FLOAT),
+        node,
+    ]
+
+
 def _quantised_kernel(graph: Any, name: str, node: Any) -> list[Any]:
     """The convolution with ``DequantizeLinear(int8, scale of each output channel)`` for its weight."""
     from onnx import helper, numpy_helper
@@ -150,6 +166,13 @@ def _value(graph: Any, name: str) -> npt.NDArray[np.float32]:
     from onnx import numpy_helper
 
     return np.asarray(numpy_helper.to_array(next(one for one in graph.initializer if one.name == name)), np.float32)
+
+
+def _halved(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16] | None:
+    """The same in float16; None where a value is beyond its range."""
+    with np.errstate(over="ignore"):
+        short = values.astype(np.float16)
+    return None if bool((np.isinf(short) != np.isinf(values)).any()) else short
 
 
 def _by_row(table: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
