@@ -59,7 +59,8 @@ def as_int8(model: Any) -> Any:
     processors without VNNI saturate the sum of two products (worst cosine 0.991 against 0.9997). Convolutions, whose
     integer form ONNX Runtime has no fast kernel for, keep their weights in int8 with a scale for each output channel
     and compute in float32; small and depthwise kernels, which hold few of the weights and whose errors cost the most,
-    are float16 (an EfficientNet-Lite0 of 4 MB grows by 0.2, and its worst cosine goes from 0.969 to 0.9994). Tables that rows are looked up in (of tokens) have a scale for each row.
+    are float16 (an EfficientNet-Lite0 of 4 MB grows by 0.2, and its worst cosine goes from 0.969 to 0.9994). Tables
+    that rows are looked up in (of tokens) have a scale for each row.
 
     Args:
         model: A float32 model; it is left as it is.
