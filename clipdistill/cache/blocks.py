@@ -25,6 +25,7 @@ from clipdistill.cache.store import Rows, Views
 from clipdistill.core import fingerprint, manifest
 from clipdistill.core.errors import DataError
 from clipdistill.core.progress import Advance, progress
+from clipdistill.data import embeddings
 from clipdistill.data.pictures import PictureError, decode
 from clipdistill.data.records import Pair
 from clipdistill.data.views import apply
@@ -272,8 +273,8 @@ class _Writer:
 
     def _write(self, shard: str, rows: Mapping[str, list[Cells]], table: str, columns: dict[str, list[str]]) -> None:
         for path, parts in rows.items():
-            shards.write_rows(self.folder / path, np.concatenate(parts), _DTYPE)
-        shards.write_table(self.folder / table, columns)
+            embeddings.write_rows(self.folder / path, np.concatenate(parts), _DTYPE)
+        embeddings.write_table(self.folder / table, columns)
         shards.finish(self.folder, shard, [*rows, table])
 
     def _decoded(self, pair: Pair) -> Image.Image:

@@ -16,6 +16,7 @@ from clipdistill.cache import shards
 from clipdistill.cache.store import KIND, VERSION, Dtype, TeacherCache, Views, image_folder
 from clipdistill.core import fingerprint, manifest
 from clipdistill.core.progress import Advance, progress
+from clipdistill.data import embeddings
 from clipdistill.data.pictures import PictureError, decode
 from clipdistill.data.records import Pair, Rejection
 from clipdistill.data.views import apply
@@ -194,9 +195,9 @@ def _picture_shard(
     names = [f"{image_folder(number)}/img_emb_{name}.npy" for number in range(views.count)]
     for path, parts in zip(names, rows, strict=True):
         stacked = np.concatenate(parts) if parts else np.zeros((0, teacher.dim), np.float32)
-        shards.write_rows(folder / path, stacked, dtype)
+        embeddings.write_rows(folder / path, stacked, dtype)
     names.append(f"metadata/metadata_{name}.parquet")
-    shards.write_table(folder / names[-1], table)
+    embeddings.write_table(folder / names[-1], table)
     return shards.finish(folder, f"pictures_{name}", names, rejected)
 
 
@@ -229,8 +230,8 @@ def _fill_texts(folder: Path, teacher: FillingTeacher, words: Sequence[str], sha
             if shards.finished(folder, f"texts_{name}") is None:
                 part = words[start:end]
                 names = [f"text_emb/text_emb_{name}.npy", f"texts/texts_{name}.parquet"]
-                shards.write_rows(folder / names[0], _encode_by_length(teacher, part), dtype)
-                shards.write_table(folder / names[1], {"text": list(part)})
+                embeddings.write_rows(folder / names[0], _encode_by_length(teacher, part), dtype)
+                embeddings.write_table(folder / names[1], {"text": list(part)})
                 shards.finish(folder, f"texts_{name}", names)
             advance(end - start)
 

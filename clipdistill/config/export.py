@@ -8,7 +8,7 @@ from pydantic import BeforeValidator
 
 from clipdistill.config.base import Positive, Section, as_names
 
-LayoutName = Literal["open_clip", "onnx"]
+LayoutName = Literal["open_clip", "onnx", "immich", "triton", "vectors"]
 Precision = Literal["fp32", "fp16", "int8"]
 
 
@@ -16,7 +16,7 @@ class ExportConfig(Section):
     """What the student is written as, and what its model card says."""
 
     layouts: Annotated[tuple[LayoutName, ...], BeforeValidator(as_names)] = ()
-    """The layouts; empty = all that this student can be written in."""
+    """The layouts; empty = all that this student can be written in, but for ``immich``, ``triton`` and ``vectors``."""
     precisions: Annotated[tuple[Precision, ...], BeforeValidator(as_names)] = ("fp32", "int8")
     """Of the ONNX graphs."""
     probes: Positive = 256

@@ -322,6 +322,9 @@ def _export_faults(config: RunConfig) -> Iterator[str]:
         yield 'export.layouts: open_clip has no text tower alone, which student.image = "teacher" makes; leave it out'
     if "open_clip" in export.layouts and (student.prune or 1) < 1:
         yield "export.layouts: open_clip cannot rebuild the narrower tower of student.prune; leave open_clip out"
+    for name in ("immich", "vectors"):
+        if name in export.layouts and student.image == "teacher":
+            yield f'export.layouts: {name} needs a picture tower, not student.image = "teacher"; leave it out'
 
 
 def _validated(raw: dict[str, Any], base: Path, checks: Sequence[Check], faults: list[str]) -> RunConfig:

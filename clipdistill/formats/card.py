@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clipdistill.formats.immich import immich_use
 from clipdistill.formats.parity import Parity
+from clipdistill.formats.triton import triton_use
+from clipdistill.formats.vectors import VECTORS_USE
 
 UNKNOWN = "unknown"
 
@@ -111,7 +114,10 @@ def _parity(parities: Sequence[Parity]) -> str:
         for tower, values in one.towers.items():
             cosine = f"{values['worst_cosine']:.7f}"
             lines.append((one.reading, one.library, tower, cosine, str(values["rows"]), f"{one.bar}", recall))
-    text = "Each layout was loaded by its consumer's own library, in a fresh process, and compared with the student."
+    text = (
+        "Each layout was loaded by its consumer's own library, in a fresh process, and compared with the student. "
+        "Of servers (immich, Triton) the protocol was followed with the libraries named; they were not run themselves."
+    )
     titles = ("layout", "read by", "tower", "worst cosine", "rows", "at least", "text to picture")
     return _table("Parity", titles, lines, text)
 
@@ -135,6 +141,12 @@ def _use(values: Mapping[str, Any]) -> str:
             'ids = np.array([tokenizer.encode("a red bicycle").ids])\n'
             '(texts,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})\n```'
         )
+    if "immich" in values["layouts"]:
+        parts.append(immich_use(values["dim"]))
+    if "triton" in values["layouts"]:
+        parts.append(triton_use(values["context_length"]))
+    if "vectors" in values["layouts"]:
+        parts.append(VECTORS_USE)
     if values["index"] is not None:
         parts.append(_index_use(values["index"], "onnx" in values["layouts"]))
     return "\n\n".join(parts)

@@ -10,20 +10,24 @@ from typing import Any
 
 from clipdistill.core import files, fingerprint, manifest
 from clipdistill.core.errors import ConfigError, DataError, MismatchError
+from clipdistill.data.records import Pair
 from clipdistill.formats.card import CardFacts, card
 from clipdistill.formats.contents import INDEX_FILES, check_contents, copied_index, index_facts
 from clipdistill.formats.graphs import served_dim
 from clipdistill.formats.layouts import (
     LAYOUTS,
     PRECISIONS,
+    Reading,
     check_packages,
     chosen_layouts,
     files_of,
     name_faults,
     readings_of,
 )
-from clipdistill.formats.parity import Parity, measure
-from clipdistill.formats.probe import CHECK, Probe, expected_rows, read_check, write_check
+from clipdistill.formats.parity import Parity, measure, measure_stored
+from clipdistill.formats.probe import CHECK, Probe, Rows, expected_rows, read_check, write_check
+from clipdistill.formats.vectors import FOLDER as VECTORS
+from clipdistill.formats.vectors import Stored, read_stored, write_vectors
 from clipdistill.retrieval.index import FOLDER, VectorIndex
 from clipdistill.towers.preprocess import Preprocess
 from clipdistill.towers.student import DualEncoder
@@ -84,6 +88,7 @@ def export(
     probe: Probe,
     facts: CardFacts | None = None,
     index: str | Path | None = None,
+    pairs: Sequence[Pair] = (),
 ) -> ExportReport:
     """Write a student in the layouts that its consumers read, and keep it only if each of them embeds as it does.
 
@@ -96,6 +101,7 @@ def export(
         facts: What the model card says beside what is measured.
         index: The folder of an index that was built with this student, or with the teacher that a text tower alone
             searches; a copy of it travels in ``index/``. None: no index.
+        pairs: Whose pictures' and texts' embeddings the layout ``vectors`` holds.
 
     Raises:
         ConfigError: If a name is unknown, or this student cannot be written in a layout: all faults at once.
@@ -107,6 +113,8 @@ def export(
     folder, layouts, precisions = Path(folder), chosen_layouts(student, layouts), tuple(precisions)
     faults = list(name_faults(layouts, precisions))
     faults += [fault for name in layouts if name in LAYOUTS for fault in LAYOUTS[name].faults(student)]
+    if VECTORS in layouts and not pairs:
+        faults.append("export.layouts: vectors: there are no pictures whose embeddings it could hold")
     if faults:
         raise ConfigError(faults)
     check_packages(layouts)
@@ -115,14 +123,12 @@ def export(
     with files.replaced_folder(folder) as aside:
         found = None if index is None else copied_index(Path(index), aside, values["encoder"])
         student.tokenizer.save(aside)
-        for name in layouts:
+        for name in sorted(layouts, key=list(LAYOUTS).index):  # some take up what those before them made
             _log.info("export: writing %s", name)
             LAYOUTS[name].write(student, aside, precisions)
-        expected = expected_rows(student, probe)
-        parities = []
-        for reading in readings_of(layouts, precisions):
-            _log.info("export: loading %s with %s", reading.name, reading.library)
-            parities.append(measure(reading, aside, probe, expected, found))
+        stored = write_vectors(student, aside, pairs) if VECTORS in layouts else None
+        readings = readings_of(layouts, precisions)
+        parities = _measured(readings, aside, probe, expected_rows(student, probe), found, stored)
         write_check(student, probe, aside / CHECK)
         values["index"] = index_facts(found)
         files.write_text(aside / CARD, card(facts or CardFacts(), values, parities, _sizes(aside)))
@@ -158,8 +164,27 @@ def verify(folder: str | Path) -> ExportReport:
     check_packages(layouts)
     probe, expected = read_check(folder / CHECK, _preprocess(folder, values))
     index = None if values["index"] is None else VectorIndex.load(folder / FOLDER, encoder=values["encoder"])
-    parities = [measure(one, folder, probe, expected, index) for one in readings_of(layouts, precisions)]
+    stored = read_stored(folder) if VECTORS in layouts else None
+    parities = _measured(readings_of(layouts, precisions), folder, probe, expected, index, stored)
     return _report(folder, values, parities, index)
+
+
+def _measured(
+    readings: Sequence[Reading],
+    folder: Path,
+    probe: Probe,
+    expected: Rows,
+    index: VectorIndex | None,
+    stored: Stored | None,
+) -> list[Parity]:
+    found = []
+    for reading in readings:
+        _log.info("export: loading %s with %s", reading.name, reading.library)
+        if reading.name == VECTORS and stored is not None:
+            found.append(measure_stored(reading, folder, probe, stored))
+        else:
+            found.append(measure(reading, folder, probe, expected, index))
+    return found
 
 
 def _report(

@@ -9,8 +9,13 @@ from pathlib import Path
 
 from clipdistill.core.errors import MissingExtraError, suggest
 from clipdistill.formats.graphs import towers_of
+from clipdistill.formats.immich import PATHS as IMMICH_PATHS
+from clipdistill.formats.immich import immich_faults, write_immich
 from clipdistill.formats.onnx import graph_path, write_onnx
 from clipdistill.formats.open_clip import FILES, open_clip_faults, write_open_clip
+from clipdistill.formats.triton import triton_paths, write_triton
+from clipdistill.formats.vectors import PATHS as VECTORS_PATHS
+from clipdistill.formats.vectors import vectors_faults
 from clipdistill.towers.student import DualEncoder
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -43,6 +48,8 @@ class Layout:
         faults: Why a student cannot be written so, one sentence each.
         paths: The files that it must have, by the towers and precisions.
         readings: How it is loaded, by the precisions.
+        by_name: Whether it is written only where it is asked for by name: what has a folder of its own for one server,
+            mostly of files that the export has elsewhere already.
     """
 
     packages: tuple[tuple[str, str], ...]
@@ -50,6 +57,7 @@ class Layout:
     faults: Callable[[DualEncoder], Iterator[str]]
     paths: Callable[[Sequence[str], Sequence[str]], tuple[str, ...]]
     readings: Callable[[Sequence[str]], tuple[Reading, ...]]
+    by_name: bool = False
 
 
 def _no_faults(student: DualEncoder) -> Iterator[str]:
@@ -60,6 +68,12 @@ def _onnx_paths(towers: Sequence[str], precisions: Sequence[str]) -> tuple[str, 
     return tuple(graph_path("image" if tower == "image" else "text", one) for tower in towers for one in precisions)
 
 
+def _written_elsewhere(student: DualEncoder, folder: Path, precisions: Sequence[str]) -> None:
+    """The run's rows are written by :func:`~clipdistill.formats.vectors.write_vectors`, which is given them."""
+
+
+_ONNX = (("onnx", "onnx"), ("onnxruntime", "onnxruntime"), ("onnxscript", "onnxscript"))
+
 LAYOUTS = {
     "open_clip": Layout(
         packages=(("open_clip", "open_clip_torch"),),
@@ -69,7 +83,7 @@ LAYOUTS = {
         readings=lambda precisions: (Reading("open_clip", "open_clip_torch", "read_open_clip.py", "fp32"),),
     ),
     "onnx": Layout(
-        packages=(("onnx", "onnx"), ("onnxruntime", "onnxruntime"), ("onnxscript", "onnxscript")),
+        packages=_ONNX,
         write=write_onnx,
         faults=_no_faults,
         paths=_onnx_paths,
@@ -77,13 +91,39 @@ LAYOUTS = {
             Reading(f"onnx/{one}", "onnxruntime", "read_onnx.py", one) for one in precisions
         ),
     ),
+    "immich": Layout(
+        packages=_ONNX,
+        write=write_immich,
+        faults=immich_faults,
+        paths=lambda towers, precisions: IMMICH_PATHS,
+        readings=lambda precisions: (Reading("immich", "immich's protocol, onnxruntime", "read_immich.py", "fp32"),),
+        by_name=True,
+    ),
+    "triton": Layout(
+        packages=(*_ONNX, ("tritonclient", "tritonclient"), ("grpc", "grpcio")),
+        write=write_triton,
+        faults=_no_faults,
+        paths=lambda towers, precisions: triton_paths(towers),
+        readings=lambda precisions: (Reading("triton", "tritonclient", "read_triton.py", "fp32"),),
+        by_name=True,
+    ),
+    "vectors": Layout(
+        packages=(),
+        write=_written_elsewhere,
+        faults=vectors_faults,
+        paths=lambda towers, precisions: VECTORS_PATHS,
+        readings=lambda precisions: (Reading("vectors", "numpy", "read_vectors.py", "fp16"),),
+        by_name=True,
+    ),
 }
 """The layouts by name."""
 
 
 def chosen_layouts(student: DualEncoder, names: Sequence[str]) -> tuple[str, ...]:
-    """The layouts that are asked for; of none all that the student can be written in."""
-    return tuple(names) or tuple(name for name, layout in LAYOUTS.items() if not list(layout.faults(student)))
+    """The layouts that are asked for; of none all that need not be, and that the student can be written in."""
+    return tuple(names) or tuple(
+        name for name, layout in LAYOUTS.items() if not layout.by_name and not list(layout.faults(student))
+    )
 
 
 def name_faults(layouts: Sequence[str], precisions: Sequence[str]) -> Iterator[str]:

@@ -22,6 +22,23 @@ def graph_path(tower: Tower, precision: str) -> str:
     return f"{FOLDER}/{_NAMES[tower]}{_SUFFIXES[precision]}.onnx"
 
 
+def whole_graph(student: DualEncoder, folder: Path, tower: Tower) -> Any:
+    """A tower's float32 graph with unit rows: the one in ``onnx`` where it is there already, else a new one.
+
+    Args:
+        student: The student.
+        folder: The export, aside.
+        tower: Which tower.
+
+    Raises:
+        ConfigError: If the tower cannot be written as ONNX.
+    """
+    import onnx
+
+    path = folder / graph_path(tower, "fp32")
+    return onnx.load(path) if path.exists() else unit_rows(tower_graph(student, tower), tower)
+
+
 def write_onnx(student: DualEncoder, folder: Path, precisions: Sequence[str]) -> None:
     """Write a student's towers as ONNX graphs.
 

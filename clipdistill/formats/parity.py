@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 from clipdistill.core.errors import ParityError
 from clipdistill.formats.layouts import Reading
 from clipdistill.formats.probe import Probe, Rows
+from clipdistill.formats.vectors import Stored
 from clipdistill.retrieval.exact import Vectors, exact_top_k
 from clipdistill.retrieval.index import VectorIndex
 from clipdistill.retrieval.measures import overlap_at_k, success_at_k
@@ -79,6 +81,38 @@ def measure(reading: Reading, folder: Path, probe: Probe, expected: Rows, index:
     bar = BARS[reading.precision]
     recall = _recall(probe, found, expected) | ({} if index is None else _index_recall(index, found, expected))
     measured = Parity(reading.name, f"{reading.library} {version}", towers, bar, recall)
+    _refuse_below(measured)
+    return measured
+
+
+def measure_stored(reading: Reading, folder: Path, probe: Probe, stored: Stored) -> Parity:
+    """Read stored embeddings with their consumer, in a fresh process, and compare them with the student's.
+
+    Args:
+        reading: What is read, and by which script.
+        folder: The export, finished or still aside.
+        probe: What every reader is given.
+        stored: The student's own rows.
+
+    Raises:
+        ParityError: If the consumer cannot read them, or finds other rows, with the figures.
+    """
+    found, version = _read(reading, folder, probe)
+    keys = json.loads(found.pop("keys", np.zeros(0)).astype(np.uint8).tobytes() or "[]")
+    for tower, rows in {**stored.rows, **found}.items():
+        if len(found.get(tower, ())) != stored.count or len(keys) != stored.count:
+            counts = f"{len(found.get(tower, ()))} rows and {len(keys)} keys"
+            raise ParityError(f"{reading.name}: {tower}: expected {stored.count} rows, found {counts}")
+        if rows.shape[1] != stored.rows[tower].shape[1]:
+            raise ParityError(f"{reading.name}: {tower}: expected rows as wide as the student's, found {rows.shape[1]}")
+    wrong = [place for place, key in zip(stored.places, stored.keys, strict=True) if keys[place] != key]
+    if wrong:
+        raise ParityError(f"{reading.name}: row {wrong[0]} is of another picture than it was: {keys[wrong[0]]!r}")
+    towers = {
+        tower: {"worst_cosine": _worst(reading, tower, found[tower][stored.places], own), "rows": len(own)}
+        for tower, own in stored.rows.items()
+    }
+    measured = Parity(reading.name, f"{reading.library} {version}", towers, BARS[reading.precision], {})
     _refuse_below(measured)
     return measured
 

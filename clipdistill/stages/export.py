@@ -15,6 +15,7 @@ from clipdistill.evaluation import Judged, judged
 from clipdistill.formats import CardFacts, ExportReport, Probe
 from clipdistill.formats import export as export_student
 from clipdistill.retrieval.exact import Vectors
+from clipdistill.stages.index import indexed_pairs
 from clipdistill.stages.inputs import RunData, load_data, open_cache
 from clipdistill.stages.teachers import open_teachers
 from clipdistill.stages.workspace import Workspace
@@ -53,6 +54,7 @@ def export_run(workspace: Workspace, to: Path | None = None) -> ExportReport:
         probe=probe,
         facts=_facts(workspace, student),
         index=_index(workspace),
+        pairs=indexed_pairs(workspace, data),
     )
 
 

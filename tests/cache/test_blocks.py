@@ -76,7 +76,7 @@ def test_the_planned_bytes_are_those_that_are_stored(teacher, tmp_path):
 
 def test_a_killed_filling_goes_on_and_ends_with_the_same_files(teacher, tmp_path, monkeypatch):
     whole = filled(tmp_path / "whole", teacher, plan())
-    calls, write = [], module.shards.write_table
+    calls, write = [], module.embeddings.write_table
 
     def dying(path, columns):
         if len(calls) == 4:
@@ -84,7 +84,7 @@ def test_a_killed_filling_goes_on_and_ends_with_the_same_files(teacher, tmp_path
         calls.append(path)
         write(path, columns)
 
-    monkeypatch.setattr(module.shards, "write_table", dying)
+    monkeypatch.setattr(module.embeddings, "write_table", dying)
     with pytest.raises(KeyboardInterrupt):
         filled(tmp_path / "cut", teacher, plan())
     assert open_blocks(tmp_path / "cut", plan()) is None
