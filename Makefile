@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench bench-seeds bench-presets bench-query-side bench-classes bench-mutual bench-inheritance bench-pruning bench-runtime bench-sweep bars clean
+.PHONY: demo test check bench bench-seeds bench-presets bench-query-side bench-classes bench-mutual bench-inheritance bench-pruning bench-runtime bench-service bench-sweep bars clean
 
 demo: $(VENV)/.demo
 	$(BIN)/clipdistill demo --json
@@ -47,6 +47,9 @@ bench-inheritance: $(VENV)/.dev
 
 bench-runtime: $(VENV)/.dev
 	$(BIN)/python benchmarks/runtime.py
+
+bench-service: $(VENV)/.dev
+	$(BIN)/python benchmarks/service.py
 
 bench-sweep: $(VENV)/.dev
 	$(BIN)/python benchmarks/sweep.py

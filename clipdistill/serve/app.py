@@ -15,7 +15,6 @@ from starlette.requests import ClientDisconnect
 from clipdistill.core.errors import ConfigError, DataError
 from clipdistill.search import Searcher
 from clipdistill.serve import schemas
-from clipdistill.serve.batching import Gate
 from clipdistill.serve.engine import Engine
 from clipdistill.serve.guard import Guard
 from clipdistill.serve.metrics import Metrics
@@ -23,6 +22,7 @@ from clipdistill.serve.options import Options
 from clipdistill.serve.problems import MEDIA_TYPE, ProblemError, problem_response
 from clipdistill.serve.routes import Routes
 from clipdistill.serve.thumbnails import PictureSource, Thumbnails
+from clipdistill.serve.workers import Gate
 
 _REFUSALS = {
     400: "Not JSON.",
@@ -70,8 +70,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            stack.callback(gate.close)
-            stack.callback(decoding.close)
+            stack.enter_context(gate)
+            stack.enter_context(decoding)
             for engine in engines:
                 await stack.enter_async_context(engine)
             yield

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar, final
-
-import numpy as np
+from functools import partial
+from typing import Any, Generic, TypeVar, final
 
 from clipdistill.retrieval.exact import Vectors
 from clipdistill.serve.problems import BusyError
+from clipdistill.serve.workers import Workers, settle
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,10 +21,11 @@ _LONGEST_WAIT_S = 60
 _MEMORY = 0.8  # of the running mean of seconds an item
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Request(Generic[T]):
     items: Sequence[T]
-    done: asyncio.Future[Vectors]
+    then: Callable[[Vectors], Any] | None
+    done: asyncio.Future[tuple[Vectors, Any]]
 
 
 @final
@@ -59,23 +58,26 @@ class Batcher(Generic[T]):
     ) -> None:
         self._encode, self._batch, self._window_s, self._most = encode, batch, window_s, waiting
         self._encoded, self._queued = encoded, queued
+        self._worker = Workers(1, "clipdistill-encode")
         self._queue: deque[_Request[T]] = deque()
+        self._again: deque[_Request[T]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
         self._count = 0
         self._item_s = 0.0
-        self._crowded = self._closing = False
+        self._busy = self._crowded = self._closing = False
 
     async def __aenter__(self) -> Batcher[T]:
-        self._arrived = asyncio.Event()
+        self._worker.__enter__()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._closing = False
-        self._pool = ThreadPoolExecutor(1, "clipdistill-encode")
-        self._worker = asyncio.create_task(self._work())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._closing = True
-        self._arrived.set()
-        await self._worker
-        self._pool.shutdown()
+        self._look()
+        await self._idle.wait()
+        self._worker.__exit__()
 
     async def encode(self, items: Sequence[T]) -> Vectors:
         """Encode items together with those of other requests.
@@ -90,39 +92,67 @@ class Batcher(Generic[T]):
             BusyError: If too many wait already.
             DataError: If an item cannot be encoded; other requests do not notice.
         """
+        return (await self._ask(items, None))[0]
+
+    async def encode_then(self, items: Sequence[T], then: Callable[[Vectors], R]) -> tuple[Vectors, R | None]:
+        """Encode items, and where nobody else does, do with their rows in the same thread what is to be done next.
+
+        That saves a lone request a second hand-over between threads; in a crowd the encoder goes on to the next batch.
+
+        Args:
+            items: At least one.
+            then: Given the rows; must be quick, and not return None.
+
+        Returns:
+            The rows, and what ``then`` made of them; None: it was not called.
+
+        Raises:
+            BusyError: If too many wait already.
+            DataError: If an item cannot be encoded; other requests do not notice.
+        """
+        return await self._ask(items, then)
+
+    async def _ask(self, items: Sequence[T], then: Callable[[Vectors], Any] | None) -> tuple[Vectors, Any]:
         if self._count + len(items) > self._most:
             raise BusyError(min(_LONGEST_WAIT_S, max(1, math.ceil(self._count * self._item_s))))
-        request = _Request(items, asyncio.get_running_loop().create_future())
+        request = _Request(items, then, asyncio.get_running_loop().create_future())
         self._queue.append(request)
+        self._idle.clear()
         self._note(len(items))
-        self._arrived.set()
+        self._look()
         return await request.done
 
     def _note(self, change: int) -> None:
         self._count += change
         self._queued(self._count)
 
-    async def _work(self) -> None:
-        while True:
-            while not self._queue:
-                if self._closing:
-                    return
-                self._arrived.clear()
-                await self._arrived.wait()
-            if self._crowded and not self._closing:
-                await self._wait_for_company()
-            await self._run(self._take())
+    def _look(self) -> None:
+        """Start the next batch, unless one runs; after a crowd, when the batch is full or the window has passed."""
+        if self._busy:
+            return
+        if not self._crowded or self._closing or self._again or not 0 < self._count < self._batch:
+            self._start()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._window_s, self._start)
 
-    async def _wait_for_company(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._window_s):
-                while self._count < self._batch and not self._closing:
-                    self._arrived.clear()
-                    await self._arrived.wait()
+    def _start(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        requests = self._take()
+        if not requests:
+            self._idle.set()
+            return
+        self._busy, self._crowded = True, len(requests) > 1
+        self._worker.call(partial(self._rows, requests), partial(self._ended, requests))
 
     def _take(self) -> list[_Request[T]]:
         """The requests of the next batch, in order of arrival; those whose client gave up are dropped."""
         taken: list[_Request[T]] = []
+        while self._again and not taken:
+            request = self._again.popleft()
+            if not request.done.done():
+                return [request]
         size = 0
         while self._queue and (not taken or size + len(self._queue[0].items) <= self._batch):
             request = self._queue.popleft()
@@ -132,70 +162,34 @@ class Batcher(Generic[T]):
                 size += len(request.items)
         return taken
 
-    async def _run(self, requests: Sequence[_Request[T]]) -> None:
-        if not requests:
-            return
-        self._crowded = len(requests) > 1
+    def _rows(self, requests: Sequence[_Request[T]]) -> tuple[Vectors, float, Any]:
+        """In the encoder's thread: the rows of all requests, the seconds that they took, and what a lone one wants."""
         items = [item for request in requests for item in request.items]
         started = time.perf_counter()
-        try:
-            rows = await asyncio.get_running_loop().run_in_executor(self._pool, self._rows, items)
-        except Exception as fault:  # of any kind: it belongs to whoever asked, and the next batch must still run
-            await self._fail(requests, fault)
-            return
-        seconds = time.perf_counter() - started
-        self._item_s = _MEMORY * self._item_s + (1 - _MEMORY) * seconds / len(items)
-        self._encoded(len(items), seconds)
-        ends = np.cumsum([len(request.items) for request in requests])
-        for request, part in zip(requests, np.split(rows, ends[:-1]), strict=True):
-            if not request.done.done():
-                request.done.set_result(part)
-
-    def _rows(self, items: Sequence[T]) -> Vectors:
         rows = self._encode(items)
+        seconds = time.perf_counter() - started
         if len(rows) != len(items):
             raise RuntimeError(f"the encoder made {len(rows)} rows of {len(items)} items")
-        return rows
+        then = requests[0].then if len(requests) == 1 else None
+        return rows, seconds, None if then is None else then(rows)
 
-    async def _fail(self, requests: Sequence[_Request[T]], fault: Exception) -> None:
-        """Give a lone request its fault; run the requests of a failed batch each alone, as the fault is one's only."""
-        if len(requests) > 1:
-            for request in requests:
-                await self._run([request])
+    def _ended(self, requests: Sequence[_Request[T]], made: Any, fault: BaseException | None) -> None:
+        """Give each request its rows. Of a batch that failed, each is tried again alone: the fault is one's only."""
+        self._busy = False
+        if fault is None:
+            self._give(requests, *made)
+        elif len(requests) > 1:
+            self._again.extend(requests)
         elif not requests[0].done.done():
-            requests[0].done.set_exception(fault)
+            settle(requests[0].done, made, fault)
+        self._look()
 
-
-@final
-class Gate:
-    """A few threads for work that would hold up the event loop, and a bound on how much of it waits.
-
-    Args:
-        threads: How many run at once.
-        waiting: How many may be inside, running or waiting, before :meth:`admit` refuses.
-    """
-
-    def __init__(self, threads: int, waiting: int) -> None:
-        self._pool = ThreadPoolExecutor(threads, "clipdistill-serve")
-        self._most, self._inside = waiting, 0
-
-    def admit(self) -> None:
-        """Let a request in or refuse it: at its arrival, not when half of its work is done.
-
-        Raises:
-            BusyError: If too many wait already.
-        """
-        if self._inside >= self._most:
-            raise BusyError(1)
-
-    async def run(self, call: Callable[..., R], *args: object) -> R:
-        """Call a function in a thread, as soon as one is free."""
-        self._inside += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: call(*args))
-        finally:
-            self._inside -= 1
-
-    def close(self) -> None:
-        """Finish what runs, and end the threads."""
-        self._pool.shutdown()
+    def _give(self, requests: Sequence[_Request[T]], rows: Vectors, seconds: float, found: Any) -> None:
+        self._item_s = _MEMORY * self._item_s + (1 - _MEMORY) * seconds / len(rows)
+        self._encoded(len(rows), seconds)
+        start = 0
+        for request in requests:
+            end = start + len(request.items)
+            if not request.done.done():
+                request.done.set_result((rows[start:end], found))
+            start = end

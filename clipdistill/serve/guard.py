@@ -6,7 +6,7 @@ import logging
 import time
 from typing import final
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clipdistill.serve.metrics import Metrics
@@ -23,6 +23,7 @@ _HEADERS = {
     "Cache-Control": "no-store",
 }
 """Where an answer sets one itself, that stays: the page has a policy of its own, thumbnails may be kept."""
+_RAW = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
 
 
 @final
@@ -50,9 +51,8 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers.setdefault(name, value)
+                set_already = {name for name, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *(each for each in _RAW if each[0] not in set_already)]
             await send(message)
 
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE
@@ -25,6 +25,7 @@ class Metrics:
 
     def __init__(self) -> None:
         own = self._registry = CollectorRegistry()
+        self._series: dict[tuple[Any, tuple[str, ...]], Any] = {}
         self._requests = Counter(
             "clipdistill_requests", "Requests answered.", ["route", "method", "status"], registry=own
         )
@@ -38,21 +39,28 @@ class Metrics:
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         """Count one answer; a made-up method counts as ``other``, so that strangers cannot add series."""
-        self._requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
-        self._seconds.labels(route).observe(seconds)
+        self._of(self._requests, route, method if method in _METHODS else "other", str(status)).inc()
+        self._of(self._seconds, route).observe(seconds)
 
     def encoded(self, model: str, tower: str, items: int, seconds: float) -> None:
         """Count one batch."""
-        self._batches.labels(model, tower).observe(items)
-        self._encoding.labels(model, tower).observe(seconds)
+        self._of(self._batches, model, tower).observe(items)
+        self._of(self._encoding, model, tower).observe(seconds)
 
     def waiting(self, model: str, tower: str, items: int) -> None:
         """Note how long a queue is."""
-        self._waiting.labels(model, tower).set(items)
+        self._of(self._waiting, model, tower).set(items)
 
     def indexed(self, model: str, vectors: int) -> None:
         """Note how many rows a model's index has."""
         self._vectors.labels(model).set(vectors)
+
+    def _of(self, metric: Any, *labels: str) -> Any:
+        """One series of a metric, looked up once: the library's own look-up takes a lock and copies the labels."""
+        known = self._series.get((metric, labels))
+        if known is None:
+            known = self._series[metric, labels] = metric.labels(*labels)
+        return known
 
     def text(self) -> bytes:
         """All of it in Prometheus's text format."""

@@ -19,12 +19,12 @@ from clipdistill.data.records import Picture
 from clipdistill.page import load_page
 from clipdistill.retrieval.exact import Vectors
 from clipdistill.serve import bodies, schemas
-from clipdistill.serve.batching import Gate
 from clipdistill.serve.engine import Answer, Engine
 from clipdistill.serve.metrics import CONTENT_TYPE, Metrics
 from clipdistill.serve.options import Options
 from clipdistill.serve.problems import AsciiJson, ProblemError, of_validation
 from clipdistill.serve.thumbnails import Thumbnails
+from clipdistill.serve.workers import Gate
 
 Model = TypeVar("Model", bound=BaseModel)
 _JSON = "application/json"
@@ -79,7 +79,8 @@ class Routes:
 
     async def _found(self, query: str | Picture, k: int, compare: bool) -> Response:
         engines = [self._main, *([self._other] if compare and self._other is not None else [])]
-        answers = await asyncio.gather(*(engine.search(query, k) for engine in engines))
+        asked = [engine.search(query, k) for engine in engines]
+        answers = [await asked[0]] if len(asked) == 1 else await asyncio.gather(*asked)
         found = [self._shown(engine, answer) for engine, answer in zip(engines, answers, strict=True)]
         return AsciiJson({**found[0], "compared": found[1] if len(found) > 1 else None})
 

@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from clipdistill.core.errors import ConfigError
+from clipdistill.serve.protocol import BoundedHttp
 
 _log = logging.getLogger("clipdistill")
 _GRACE_S = 30
@@ -35,6 +36,7 @@ def run(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> None:
     listening = _listen(host, port)
     config = uvicorn.Config(
         app,
+        http=BoundedHttp,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -43,7 +45,6 @@ def run(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> None:
         lifespan="on",
         timeout_graceful_shutdown=_GRACE_S,
         timeout_keep_alive=15,
-        h11_max_incomplete_event_size=64 << 10,
     )
     shown = f"[{host}]" if ":" in host else host
     _log.info("serve: http://%s:%d", shown, listening.getsockname()[1])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from clipdistill.runtime.encoder import Precision
 
 _EXTRA = "serve"
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "onnxruntime", "tokenizers")
+_PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client", "onnxruntime", "tokenizers")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ from little_service import COLOURS, ColourEncoder, gallery, picture, searcher
 
 from clipdistill.core.errors import DataError
 from clipdistill.serve.app import create_app
-from clipdistill.serve.batching import Batcher, Gate
+from clipdistill.serve.batching import Batcher
 from clipdistill.serve.options import Options
 from clipdistill.serve.problems import BusyError
+from clipdistill.serve.workers import Gate
 
 
 class Tower:
@@ -87,17 +88,15 @@ def test_after_a_crowd_the_next_request_waits_the_window_at_most():
             await asyncio.sleep(0.02)
             await asyncio.gather(early, made.encode([4]))
             assert tower.batches[-1] == [3, 4]
-            waits, wait = [], made._wait_for_company
-
-            async def waited():
-                waits.append(len(tower.batches))
-                await wait()
-
-            made._wait_for_company = waited
-            await made.encode([5])  # nobody comes: the window ends
-            await made.encode([6])  # and it did not come with others, so the next is not held up
+            five = asyncio.create_task(made.encode([5]))
+            await asyncio.sleep(0)
+            assert (made._count, made._timer is not None) == (1, True)
+            await five  # nobody comes: the window ends
+            six = asyncio.create_task(made.encode([6]))
+            await asyncio.sleep(0)
+            assert (made._count, made._timer) == (0, None)  # the last came alone: this one is not held up
+            await six
             assert tower.batches[-2:] == [[5], [6]]
-            assert waits == [len(tower.batches) - 2]
 
     asyncio.run(run())
 
@@ -167,13 +166,17 @@ def test_an_encoder_that_makes_too_few_rows_fails_its_request_and_not_the_servic
 
 def test_the_gate_bounds_what_runs_and_what_waits():
     async def run():
-        gate, open_, running = Gate(2, 3), threading.Event(), []
+        open_, running = threading.Event(), []
 
         def work(number):
             running.append(number)
             assert open_.wait(10)
             return number
 
+        with Gate(2, 3) as gate:
+            await bounded(gate, open_, running, work)
+
+    async def bounded(gate, open_, running, work):
         tasks = [asyncio.create_task(gate.run(work, number)) for number in range(3)]
         await until(lambda: len(running) == 2)
         with pytest.raises(BusyError):
@@ -184,7 +187,6 @@ def test_the_gate_bounds_what_runs_and_what_waits():
         open_.set()
         assert await asyncio.gather(*tasks, late) == [0, 1, 2, 3]
         gate.admit()
-        gate.close()
 
     asyncio.run(run())
 

@@ -99,6 +99,30 @@ def test_2_large_bodies_and_other_hosts_are_refused_over_a_socket(served):
     assert client.get("/healthz").status_code == 200
 
 
+ENDLESS = {
+    "address": (b"GET /", b"x"),
+    "header": (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: ", b"y"),
+    "headers": (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n", b"Z: z\r\n"),
+    "extension": (b"POST /search HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"e"),
+    "trailer": (b"POST /search HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nT: ", b"t"),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_2_what_never_becomes_a_body_is_cut_off(served, name):
+    start, more = ENDLESS[name]
+    client, _ = served
+    sent = 0
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=20) as raw:
+        raw.sendall(start)
+        with pytest.raises(ConnectionError):
+            while sent < 64 << 20:
+                raw.sendall(more * 8192)
+                sent += len(more) * 8192
+    assert sent < 16 << 20  # what the sockets' buffers hold, not the service
+    assert client.get("/healthz").status_code == 200
+
+
 def test_3_sigterm_ends_it_and_nothing_that_was_asked_is_in_its_log(served):
     client, process = served
     client.post("/search", json={"text": "a secret wish"})
