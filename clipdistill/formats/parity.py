@@ -99,11 +99,12 @@ def measure_stored(reading: Reading, folder: Path, probe: Probe, stored: Stored)
     """
     found, version = _read(reading, folder, probe)
     keys = json.loads(found.pop("keys", np.zeros(0)).astype(np.uint8).tobytes() or "[]")
-    for tower, rows in {**stored.rows, **found}.items():
-        if len(found.get(tower, ())) != stored.count or len(keys) != stored.count:
-            counts = f"{len(found.get(tower, ()))} rows and {len(keys)} keys"
+    for tower, own in stored.rows.items():
+        rows = found.get(tower, own[:0])
+        if len(rows) != stored.count or len(keys) != stored.count:
+            counts = f"{len(rows)} rows and {len(keys)} keys"
             raise ParityError(f"{reading.name}: {tower}: expected {stored.count} rows, found {counts}")
-        if rows.shape[1] != stored.rows[tower].shape[1]:
+        if rows.shape[1:] != own.shape[1:]:
             raise ParityError(f"{reading.name}: {tower}: expected rows as wide as the student's, found {rows.shape[1]}")
     wrong = [place for place, key in zip(stored.places, stored.keys, strict=True) if keys[place] != key]
     if wrong:

@@ -67,5 +67,5 @@ def triton_use(context_length: int) -> str:
         f"-> `image_embeds`), up to {LARGEST_BATCH} rows at once. Texts may have any length up to {context_length} "
         "tokens; requests of one length are batched together, so pad with 0 (in the mask too) to one length for large "
         "batches. The configurations were parsed with Triton's own schema and run with ONNX Runtime; the server itself "
-        "was not run."
+        "was not run. It needs ONNX Runtime 1.18 or newer inside."
     )

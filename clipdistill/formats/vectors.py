@@ -7,6 +7,7 @@ with the pictures' keys and captions. clip-retrieval, autofaiss and ``teacher.em
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +107,13 @@ def read_stored(folder: Path) -> Stored:
     try:
         with np.load(path, allow_pickle=False) as parts:
             keys = tuple(map(str, json.loads(parts["keys"].tobytes())))
-            return Stored(int(parts["count"]), parts["places"], keys, {tower: parts[tower] for tower in _FILES})
-    except (OSError, EOFError, ValueError, TypeError, KeyError) as fault:
+            stored = Stored(int(parts["count"]), parts["places"], keys, {tower: parts[tower] for tower in _FILES})
+        whole = {len(keys), len(stored.places), *map(len, stored.rows.values())} == {len(keys)}
+        if not whole or not all(0 <= place < stored.count for place in stored.places):
+            raise ValueError("its parts do not fit each other")
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as fault:
         raise DataError(f"{path}: holds no rows: {fault}. Export again: clipdistill export RUN.toml") from fault
+    return stored
 
 
 VECTORS_USE = (

@@ -16,7 +16,7 @@ from training import little
 
 import clipdistill.formats
 from clipdistill.cache.adopt import adopt
-from clipdistill.core.errors import ConfigError, MissingExtraError, ParityError
+from clipdistill.core.errors import ConfigError, DataError, MissingExtraError, ParityError
 from clipdistill.data.records import Pair
 from clipdistill.formats import Probe, export, verify
 from clipdistill.formats.immich import NAMES, immich_faults
@@ -213,6 +213,18 @@ def test_another_order_of_keys_is_a_parity_error(copied):
     pd.read_parquet(path).iloc[::-1].to_parquet(path)
     with pytest.raises(ParityError, match="row 0 is of another picture than it was: 'row/bare'"):
         read("vectors")
+
+
+@pytest.mark.parametrize(
+    "change", [{"places": np.arange(8) + 90}, {"keys": np.zeros(0, np.uint8)}, {"image": np.ones((2, 16))}]
+)
+def test_a_broken_check_of_the_vectors_is_a_named_fault(copied, change):
+    folder, _ = copied
+    with np.load(folder / "vectors/check.npz") as parts:
+        whole = dict(parts)
+    np.savez(folder / "vectors/check.npz", **{**whole, **change})
+    with pytest.raises(DataError, match=r"vectors/check\.npz: holds no rows"):
+        read_stored(folder)
 
 
 def test_they_are_written_where_they_are_asked_for_alone(tmp_path, monkeypatch):
