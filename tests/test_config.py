@@ -108,6 +108,8 @@ def test_every_fault_is_told_at_once(base):
         ),
         ({"data": {"train": {"path": "pictures", "format": "classes"}}}, "data.train: format classes and label are"),
         ({"data": {"train": "a.csv", "val": {"path": "val.csv", "label": "x"}}}, "data.val: format classes and label"),
+        ({"student": {"image": "teacher"}, "export": {"layouts": "immich"}}, "layouts: immich needs a picture tower"),
+        ({"export": {"layouts": ["tritn"]}}, "is not one of"),
     ],
 )
 def test_faults(base, sections, message):

@@ -95,7 +95,8 @@ def export(
     Args:
         student: The student.
         folder: Takes the place of an older export, at once and only when all is written and proved.
-        layouts: Of :data:`~clipdistill.formats.layouts.LAYOUTS`; none = all that this student can be written in.
+        layouts: Of :data:`~clipdistill.formats.layouts.LAYOUTS`; none = all that this student can be written in, but
+            for those that are asked for by name alone.
         precisions: Of the ONNX graphs: fp32, fp16, int8.
         probe: What the layouts are proved with.
         facts: What the model card says beside what is measured.

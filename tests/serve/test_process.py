@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -157,6 +158,19 @@ def test_a_stop_finishes_the_requests_that_have_begun(tmp_path):
     assert answers[0].json()["hits"][0]["key"] == "goods/red/0.png"
     assert process.returncode == 0
     assert "Traceback" not in log
+
+
+def test_the_index_that_an_export_holds_is_served_where_no_other_is_given(made, tmp_path):
+    from fastapi.testclient import TestClient
+
+    shutil.copytree(made / "small", tmp_path / "whole")
+    shutil.copytree(made / "index", tmp_path / "whole/index")
+    alone, other = Served(tmp_path / "whole"), Served(made / "small", made / "index", compare=tmp_path / "whole")
+    for given in (alone, other):
+        with TestClient(build_app(given, Options())) as client:
+            found = client.post("/search", json={"text": "red", "k": 3, "compare": True}).json()
+            assert len(found["hits"]) == 3
+            assert (found["compared"] is not None) == (given.compare is not None)
 
 
 def test_small_packets_do_not_wait_for_each_other():
