@@ -8,7 +8,7 @@ from pydantic import BeforeValidator
 
 from clipdistill.config.base import Positive, Section, as_names
 
-LayoutName = Literal["open_clip", "onnx", "immich", "triton", "vectors"]
+LayoutName = Literal["open_clip", "clip_model", "onnx", "immich", "triton", "vectors"]
 Precision = Literal["fp32", "fp16", "int8"]
 
 

@@ -318,10 +318,14 @@ def _export_faults(config: RunConfig) -> Iterator[str]:
             yield f"export.{key}: a name is given twice: {', '.join(given)}"
     if not export.precisions:
         yield "export.precisions: none are given; valid: fp32, fp16, int8"
-    if "open_clip" in export.layouts and student.image == "teacher":
-        yield 'export.layouts: open_clip has no text tower alone, which student.image = "teacher" makes; leave it out'
-    if "open_clip" in export.layouts and (student.prune or 1) < 1:
-        yield "export.layouts: open_clip cannot rebuild the narrower tower of student.prune; leave open_clip out"
+    for layout, name in (("open_clip", "open_clip"), ("clip_model", "CLIPModel")):
+        if layout in export.layouts and student.image == "teacher":
+            yield (
+                f'export.layouts: {name} has no text tower alone, which student.image = "teacher" makes; '
+                f"leave {layout} out"
+            )
+        if layout in export.layouts and (student.prune or 1) < 1:
+            yield f"export.layouts: {name} cannot rebuild the narrower tower of student.prune; leave {layout} out"
     for name in ("immich", "vectors"):
         if name in export.layouts and student.image == "teacher":
             yield f'export.layouts: {name} needs a picture tower, not student.image = "teacher"; leave it out'

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clipdistill.core.errors import MissingExtraError, suggest
+from clipdistill.formats.clip_model import FILES as CLIP_MODEL_FILES
+from clipdistill.formats.clip_model import clip_model_faults, write_clip_model
 from clipdistill.formats.graphs import towers_of
 from clipdistill.formats.immich import PATHS as IMMICH_PATHS
 from clipdistill.formats.immich import immich_faults, write_immich
@@ -39,11 +43,26 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Package:
+    """A library that a layout needs.
+
+    Attributes:
+        module: As Python imports it.
+        name: As pip knows it.
+        least: The oldest version that knows the layout; None: any.
+    """
+
+    module: str
+    name: str
+    least: str | None = None
+
+
+@dataclass(frozen=True)
 class Layout:
     """One layout.
 
     Attributes:
-        packages: What writing and reading it needs, as Python imports it, with pip's name.
+        packages: What writing and reading it needs.
         write: Writes it into an export that is still aside.
         faults: Why a student cannot be written so, one sentence each.
         paths: The files that it must have, by the towers and precisions.
@@ -52,7 +71,7 @@ class Layout:
             mostly of files that the export has elsewhere already.
     """
 
-    packages: tuple[tuple[str, str], ...]
+    packages: tuple[Package, ...]
     write: Callable[[DualEncoder, Path, Sequence[str]], None]
     faults: Callable[[DualEncoder], Iterator[str]]
     paths: Callable[[Sequence[str], Sequence[str]], tuple[str, ...]]
@@ -72,15 +91,22 @@ def _written_elsewhere(student: DualEncoder, folder: Path, precisions: Sequence[
     """The run's rows are written by :func:`~clipdistill.formats.vectors.write_vectors`, which is given them."""
 
 
-_ONNX = (("onnx", "onnx"), ("onnxruntime", "onnxruntime"), ("onnxscript", "onnxscript"))
+_ONNX = tuple(Package(name, name) for name in ("onnx", "onnxruntime", "onnxscript"))
 
 LAYOUTS = {
     "open_clip": Layout(
-        packages=(("open_clip", "open_clip_torch"),),
+        packages=(Package("open_clip", "open_clip_torch"),),
         write=write_open_clip,
         faults=open_clip_faults,
         paths=lambda towers, precisions: FILES,
         readings=lambda precisions: (Reading("open_clip", "open_clip_torch", "read_open_clip.py", "fp32"),),
+    ),
+    "clip_model": Layout(
+        packages=(Package("transformers", "transformers", "5"),),
+        write=write_clip_model,
+        faults=clip_model_faults,
+        paths=lambda towers, precisions: CLIP_MODEL_FILES,
+        readings=lambda precisions: (Reading("clip_model", "transformers", "read_clip_model.py", "fp32"),),
     ),
     "onnx": Layout(
         packages=_ONNX,
@@ -100,7 +126,7 @@ LAYOUTS = {
         by_name=True,
     ),
     "triton": Layout(
-        packages=(*_ONNX, ("tritonclient", "tritonclient"), ("grpc", "grpcio")),
+        packages=(*_ONNX, Package("tritonclient", "tritonclient"), Package("grpc", "grpcio")),
         write=write_triton,
         faults=_no_faults,
         paths=lambda towers, precisions: triton_paths(towers),
@@ -142,12 +168,21 @@ def check_packages(layouts: Sequence[str]) -> None:
     """Refuse to begin what could not be finished.
 
     Raises:
-        MissingExtraError: If a library that writes or reads one of the layouts is not installed.
+        MissingExtraError: If a library that writes or reads one of the layouts is not installed, or is older than the
+            layout.
     """
     for name in layouts:
-        for module, package in LAYOUTS[name].packages:
-            if importlib.util.find_spec(module) is None:
-                raise MissingExtraError(package, "export")
+        for package in LAYOUTS[name].packages:
+            if importlib.util.find_spec(package.module) is None:
+                raise MissingExtraError(package.name, "export")
+            found = importlib.metadata.version(package.name) if package.least is not None else ""
+            if package.least is not None and _numbers(found) < _numbers(package.least):
+                raise MissingExtraError(package.name, "export", found=found, least=package.least)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """A version's leading numbers: ``5.10.0rc1`` is (5, 10, 0)."""
+    return tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", version, maxsplit=1)[0])))
 
 
 def files_of(layouts: Sequence[str], student: DualEncoder, precisions: Sequence[str]) -> tuple[str, ...]:

@@ -40,7 +40,9 @@ class Parity:
         recall: ``overlap10`` of its text to picture ranking with the student's own, ``success10`` with
             ``student_success10`` beside it where the right pictures are known, and ``index_overlap10`` where the export
             has an index: of what its texts find there with what the student's find. Where fewer than 11 can be found,
-            the number in the name is the largest that is not all of them; empty where there is nothing to rank.
+            the number in the name is the largest that is not all of them. ``preprocess_cosine`` is the least of the
+            pictures that the consumer resized, cropped and normalised itself, which no bar holds. What cannot be
+            measured is left out.
     """
 
     reading: str
@@ -69,6 +71,7 @@ def measure(reading: Reading, folder: Path, probe: Probe, expected: Rows, index:
             student's, with the figures.
     """
     found, version = _read(reading, folder, probe)
+    _check_tokens(reading, probe, found)
     towers: dict[str, dict[str, float]] = {}
     for tower, own in expected.items():
         rows = found.get(tower)
@@ -80,6 +83,7 @@ def measure(reading: Reading, folder: Path, probe: Probe, expected: Rows, index:
         towers[tower] = {"worst_cosine": worst, "rows": len(rows)}
     bar = BARS[reading.precision]
     recall = _recall(probe, found, expected) | ({} if index is None else _index_recall(index, found, expected))
+    recall |= _preprocess(reading, probe, found, expected)
     measured = Parity(reading.name, f"{reading.library} {version}", towers, bar, recall)
     _refuse_below(measured)
     return measured
@@ -149,6 +153,35 @@ def _worst(reading: Reading, tower: str, rows: Vectors, own: Vectors) -> float:
         off = norms[np.abs(norms - 1).argmax()]
         raise ParityError(f"{reading.name}: {tower}: expected unit rows, found one of length {off:.6g}")
     return float(((wide * mine).sum(axis=1) / norms / np.linalg.norm(mine, axis=1)).min())
+
+
+def _check_tokens(reading: Reading, probe: Probe, found: Rows) -> None:
+    """Compare the token ids of a consumer that has a tokenizer of its own with the student's.
+
+    Raises:
+        ParityError: If they differ, with both rows of the first text that they differ in.
+    """
+    if "input_ids" not in found:
+        return
+    theirs = np.zeros_like(probe.tokens)
+    shape = found["input_ids"].shape
+    if shape[0] == len(theirs) and shape[1] <= theirs.shape[1]:
+        theirs[:, : shape[1]] = found["input_ids"]
+    wrong = np.flatnonzero((theirs != probe.tokens).any(axis=1))
+    if len(wrong):
+        own, other = (np.trim_zeros(rows[wrong[0]], "b").tolist() for rows in (probe.tokens, theirs))
+        raise ParityError(
+            f"{reading.name}: {reading.library} has other token ids than the student for {len(wrong)} of {len(theirs)} "
+            f"texts, first for {probe.texts[wrong[0]][:80]!r}: {other} instead of {own}. Nothing was kept"
+        )
+
+
+def _preprocess(reading: Reading, probe: Probe, found: Rows, expected: Rows) -> dict[str, float]:
+    """How far pictures that the consumer prepared itself are from the student's, where it prepared some."""
+    rows = list(probe.originals)
+    if "image_prepared" not in found or not rows:
+        return {}
+    return {"preprocess_cosine": _worst(reading, "image_prepared", found["image_prepared"], expected["image"][rows])}
 
 
 def _recall(probe: Probe, found: Rows, expected: Rows) -> dict[str, float]:

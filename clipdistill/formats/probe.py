@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import numpy.typing as npt
 import torch
 
 from clipdistill.core.errors import DataError
+from clipdistill.data.pictures import decode
 from clipdistill.data.records import Picture
 from clipdistill.towers.encoder import Vectors
+from clipdistill.towers.preprocess import Pixels
 from clipdistill.towers.student import DualEncoder
-from clipdistill.towers.tokenizer import Tokens
+from clipdistill.towers.tokenizer import Tokens, characters
 
 Rows = dict[str, Vectors]
 """Embeddings by tower: ``text``, and ``image`` where there is a picture tower."""
@@ -24,23 +27,29 @@ Rows = dict[str, Vectors]
 CHECK = "check.npz"
 """The probes that travel with an export, with the student's own embeddings of them."""
 _CHECKS, _PATCHES, _AT_ONCE = 8, 16, 32
+_ORIGINALS, _LARGEST_ORIGINAL = 8, 1 << 22
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Inputs of both towers, as the consumers' own preprocessing has them last.
+    """Inputs of both towers, as the consumers' own preprocessing has them last, and some as it has them first.
 
     Attributes:
         tokens: int64 [texts, context], padded with 0.
         pixels: float32 [pictures, 3, height, width], normalised; None for a text tower alone.
         relevant: For each text the rows of the pictures that it is right for; empty = not known.
         gallery: For a text tower alone, the pictures' embeddings by its teacher: unit rows [pictures, dim].
+        texts: Those of ``tokens``, for consumers that have a tokenizer of their own; empty = not known any more.
+        originals: Decoded pictures [height, width, 3] that are small enough, by their row of ``pixels``: for consumers
+            that prepare pictures themselves.
     """
 
     tokens: Tokens
     pixels: npt.NDArray[np.float32] | None = None
     relevant: tuple[tuple[int, ...], ...] = ()
     gallery: Vectors | None = None
+    texts: tuple[str, ...] = ()
+    originals: Mapping[int, Pixels] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -65,11 +74,13 @@ class Probe:
         """
         if not texts or (student.preprocess is not None and not pictures):
             raise DataError("export: no texts or no pictures to prove the exported towers with; give some of each")
-        pixels = None
+        pixels, originals = None, {}
         if student.preprocess is not None:
             pixels = student.preprocess.read(pictures, student.max_pixels)
+            originals = _originals(pictures, student.max_pixels)
         right = tuple(tuple(map(int, rows)) for rows in relevant)
-        return Probe(student.tokenizer.encode(texts, cut=False), pixels, right, gallery)
+        whole = tuple(characters(text) for text in texts)
+        return Probe(student.tokenizer.encode(whole, cut=False), pixels, right, gallery, whole, originals)
 
     @property
     def mask(self) -> Tokens:
@@ -79,9 +90,11 @@ class Probe:
 
     def save(self, path: Path) -> None:
         """Write what the consumers are given."""
-        parts: dict[str, Any] = {"input_ids": self.tokens, "attention_mask": self.mask}
+        parts: dict[str, Any] = {"input_ids": self.tokens, "attention_mask": self.mask, "texts": _packed(self.texts)}
         if self.pixels is not None:
             parts["pixel_values"] = self.pixels
+        for row, picture in self.originals.items():
+            parts[f"original_{row}"] = picture
         np.savez(path, **parts)
 
 
@@ -118,7 +131,7 @@ def write_check(student: DualEncoder, probe: Probe, path: Path) -> None:
         path: The file.
     """
     tokens = probe.tokens[:_CHECKS]
-    parts: dict[str, Any] = {"input_ids": tokens}
+    parts: dict[str, Any] = {"input_ids": tokens, "texts": _packed(probe.texts[:_CHECKS])}
     check = Probe(tokens)
     if student.preprocess is not None:
         patches = np.random.default_rng(0).integers(0, 256, (_CHECKS, _PATCHES, _PATCHES, 3), np.uint8)
@@ -143,9 +156,29 @@ def read_check(path: Path, preprocess: Any) -> tuple[Probe, Rows]:
             parts = dict(stored)
         pixels = None if preprocess is None else preprocess.normalise(_enlarged(parts["patches"], preprocess.size))
         towers = ("text",) if preprocess is None else ("image", "text")
-        return Probe(parts["input_ids"], pixels), {tower: parts[f"{tower}_embeds"] for tower in towers}
+        texts = _unpacked(parts["texts"]) if "texts" in parts else ()
+        return Probe(parts["input_ids"], pixels, texts=texts), {tower: parts[f"{tower}_embeds"] for tower in towers}
     except (OSError, EOFError, ValueError, IndexError, KeyError, zipfile.BadZipFile) as fault:
         raise DataError(f"{path}: holds no probes: {fault}. Export again: clipdistill export RUN.toml") from fault
+
+
+def _originals(pictures: Sequence[Picture], max_pixels: int) -> dict[int, Pixels]:
+    """The first decoded pictures that are small enough to be handed on whole, by their place."""
+    found: dict[int, Pixels] = {}
+    for row, picture in enumerate(pictures[:_ORIGINALS]):
+        image = decode(picture.read(), max_pixels, picture.origin)
+        if image.width * image.height <= _LARGEST_ORIGINAL:
+            found[row] = np.array(image, np.uint8)
+    return found
+
+
+def _packed(texts: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """Texts as the bytes of a JSON list: numpy's own strings lose what they end in where that is NUL."""
+    return np.frombuffer(json.dumps(list(texts)).encode("utf-8"), np.uint8)
+
+
+def _unpacked(data: npt.NDArray[np.uint8]) -> tuple[str, ...]:
+    return tuple(map(str, json.loads(data.tobytes())))
 
 
 def _enlarged(patches: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
