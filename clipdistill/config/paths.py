@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from clipdistill.config.data import LISTS, DataConfig, Sources
+from clipdistill.config.export import ExportConfig
 from clipdistill.config.student import StudentConfig
 from clipdistill.config.teacher import CacheConfig, MemberConfig, TeacherConfig
 
@@ -22,6 +23,7 @@ class Sections(Protocol):
     teacher: TeacherConfig
     cache: CacheConfig
     student: StudentConfig
+    export: ExportConfig
 
 
 def _paths(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -115,6 +117,7 @@ def anchored(config: Sections, base: Path) -> dict[str, Any]:
         "data": data.model_copy(update={**lists, "test": tests}),
         "teacher": teacher.model_copy(update={**named(teacher), "members": members}),
         "cache": config.cache.model_copy(update={"folder": anchor(config.cache.folder)}),
+        "export": config.export.model_copy(update={"web_vendor": anchor(config.export.web_vendor)}),
         "student": student.model_copy(
             update={"image_weights": anchor(student.image_weights), "pretrained": weights(student.pretrained)}
         ),

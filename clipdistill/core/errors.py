@@ -56,23 +56,33 @@ class ParityError(RuntimeError):
 
 
 class MissingExtraError(ImportError):
-    """An optional dependency is not installed, or too old; the message carries the exact pip line.
+    """An optional dependency is not installed, or too old; the message carries the exact pip line, or what else to do.
 
     Args:
         package: Its name, as pip knows it.
         extra: The extra that brings it.
         found: The version that is installed; None: it is not.
         least: The oldest version that will do, where one is installed.
+        remedy: How to get what pip does not install, in a sentence.
     """
 
     exit_code = EXIT_MISSING_EXTRA
 
-    def __init__(self, package: str, extra: str, *, found: str | None = None, least: str | None = None) -> None:
+    def __init__(
+        self,
+        package: str,
+        extra: str,
+        *,
+        found: str | None = None,
+        least: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
         self.package, self.extra = package, extra
         what, how = "is not installed", "install"
         if found is not None:
             what, how = f"{found} is installed, and {least} or newer is needed", "install --upgrade"
-        super().__init__(f"{package} {what}. Install it with: pip {how} 'clipdistill[{extra}]'")
+        remedy = remedy or f"Install it with: pip {how} 'clipdistill[{extra}]'"
+        super().__init__(f"{package} {what}. {remedy}")
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

@@ -14,16 +14,18 @@ if TYPE_CHECKING:
     from clipdistill.formats.folder import export as export
     from clipdistill.formats.folder import verify as verify
     from clipdistill.formats.probe import Probe as Probe
+    from clipdistill.formats.web import Gallery as Gallery
 
 _HOMES = {
     "CardFacts": "clipdistill.formats.card",
     "ExportReport": "clipdistill.formats.folder",
+    "Gallery": "clipdistill.formats.web",
     "Probe": "clipdistill.formats.probe",
     "export": "clipdistill.formats.folder",
     "verify": "clipdistill.formats.folder",
 }
 
-__all__ = ["CardFacts", "ExportReport", "Probe", "export", "verify"]
+__all__ = ["CardFacts", "ExportReport", "Gallery", "Probe", "export", "verify"]
 
 
 def __getattr__(name: str) -> Any:

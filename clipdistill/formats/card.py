@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clipdistill.formats.immich import immich_use
+from clipdistill.formats.onnx import onnx_in_javascript
 from clipdistill.formats.parity import Parity
 from clipdistill.formats.triton import triton_use
 from clipdistill.formats.vectors import VECTORS_USE
+from clipdistill.formats.web import WEB_USE
 
 UNKNOWN = "unknown"
 _LIBRARIES = (("open_clip", "open_clip"), ("clip_model", "transformers"))
@@ -157,12 +159,15 @@ def _use(values: Mapping[str, Any]) -> str:
             'ids = np.array([tokenizer.encode("a red bicycle").ids])\n'
             '(texts,) = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})\n```'
         )
+        parts.append(onnx_in_javascript(values["precisions"][0], values["context_length"]))
     if "immich" in values["layouts"]:
         parts.append(immich_use(values["dim"]))
     if "triton" in values["layouts"]:
         parts.append(triton_use(values["context_length"]))
     if "vectors" in values["layouts"]:
         parts.append(VECTORS_USE)
+    if "web" in values["layouts"]:
+        parts.append(WEB_USE)
     if values["index"] is not None:
         parts.append(_index_use(values["index"], "onnx" in values["layouts"]))
     return "\n\n".join(parts)

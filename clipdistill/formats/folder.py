@@ -11,6 +11,7 @@ from typing import Any
 from clipdistill.core import files, fingerprint, manifest
 from clipdistill.core.errors import ConfigError, DataError, MismatchError
 from clipdistill.data.records import Pair
+from clipdistill.formats import web
 from clipdistill.formats.card import CardFacts, card
 from clipdistill.formats.contents import INDEX_FILES, check_contents, copied_index, index_facts
 from clipdistill.formats.graphs import served_dim
@@ -28,6 +29,8 @@ from clipdistill.formats.parity import Parity, measure, measure_stored
 from clipdistill.formats.probe import CHECK, Probe, Rows, expected_rows, read_check, write_check
 from clipdistill.formats.vectors import FOLDER as VECTORS
 from clipdistill.formats.vectors import Stored, read_stored, write_vectors
+from clipdistill.formats.web_vendor import vendored
+from clipdistill.retrieval.exact import Vectors
 from clipdistill.retrieval.index import FOLDER, VectorIndex
 from clipdistill.towers.preprocess import Preprocess
 from clipdistill.towers.student import DualEncoder
@@ -89,6 +92,7 @@ def export(
     facts: CardFacts | None = None,
     index: str | Path | None = None,
     pairs: Sequence[Pair] = (),
+    gallery: web.Gallery | None = None,
 ) -> ExportReport:
     """Write a student in the layouts that its consumers read, and keep it only if each of them embeds as it does.
 
@@ -103,12 +107,13 @@ def export(
         index: The folder of an index that was built with this student, or with the teacher that a text tower alone
             searches; a copy of it travels in ``index/``. None: no index.
         pairs: Whose pictures' and texts' embeddings the layout ``vectors`` holds.
+        gallery: What the layout ``web`` searches; needed for it alone.
 
     Raises:
         ConfigError: If a name is unknown, or this student cannot be written in a layout: all faults at once.
         DataError: If the folder holds something else than an export.
-        MismatchError: If another encoder made the index, with both fingerprints.
-        MissingExtraError: If a library is missing.
+        MismatchError: If another encoder made the index, with both fingerprints, or npm gave other than is pinned.
+        MissingExtraError: If a library is missing, or the browser or npm's packages of a web bundle.
         ParityError: If a consumer embeds otherwise than the student, with the figures; no export is left then.
     """
     folder, layouts, precisions = Path(folder), chosen_layouts(student, layouts), tuple(precisions)
@@ -116,9 +121,12 @@ def export(
     faults += [fault for name in layouts if name in LAYOUTS for fault in LAYOUTS[name].faults(student)]
     if VECTORS in layouts and not pairs:
         faults.append("export.layouts: vectors: there are no pictures whose embeddings it could hold")
+    faults += web.gallery_faults(layouts, gallery, served_dim(student))
     if faults:
         raise ConfigError(faults)
     check_packages(layouts)
+    searched = gallery if web.FOLDER in layouts else None
+    scripts = {} if searched is None else vendored(searched.vendor)
     _refuse_other(folder)
     values = _values(student, layouts, precisions)
     with files.replaced_folder(folder) as aside:
@@ -128,8 +136,11 @@ def export(
             _log.info("export: writing %s", name)
             LAYOUTS[name].write(student, aside, precisions)
         stored = write_vectors(student, aside, pairs) if VECTORS in layouts else None
+        if searched is not None:
+            web.write_web(student, aside, searched, scripts)
+        rows = None if searched is None else searched.vectors
         readings = readings_of(layouts, precisions)
-        parities = _measured(readings, aside, probe, expected_rows(student, probe), found, stored)
+        parities = _measured(readings, aside, probe, expected_rows(student, probe), found, stored, rows)
         write_check(student, probe, aside / CHECK)
         values["index"] = index_facts(found)
         files.write_text(aside / CARD, card(facts or CardFacts(), values, parities, _sizes(aside)))
@@ -166,7 +177,8 @@ def verify(folder: str | Path) -> ExportReport:
     probe, expected = read_check(folder / CHECK, _preprocess(folder, values))
     index = None if values["index"] is None else VectorIndex.load(folder / FOLDER, encoder=values["encoder"])
     stored = read_stored(folder) if VECTORS in layouts else None
-    parities = _measured(readings_of(layouts, precisions), folder, probe, expected, index, stored)
+    rows = web.bundle_vectors(folder) if web.FOLDER in layouts else None
+    parities = _measured(readings_of(layouts, precisions), folder, probe, expected, index, stored, rows)
     return _report(folder, values, parities, index)
 
 
@@ -177,6 +189,7 @@ def _measured(
     expected: Rows,
     index: VectorIndex | None,
     stored: Stored | None,
+    gallery: Vectors | None,
 ) -> list[Parity]:
     found = []
     for reading in readings:
@@ -184,7 +197,7 @@ def _measured(
         if reading.name == VECTORS and stored is not None:
             found.append(measure_stored(reading, folder, probe, stored))
         else:
-            found.append(measure(reading, folder, probe, expected, index))
+            found.append(measure(reading, folder, probe, expected, index, gallery))
     return found
 
 

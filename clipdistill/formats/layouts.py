@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipdistill.core.errors import MissingExtraError, suggest
+from clipdistill.formats import web
 from clipdistill.formats.clip_model import FILES as CLIP_MODEL_FILES
 from clipdistill.formats.clip_model import clip_model_faults, write_clip_model
 from clipdistill.formats.graphs import towers_of
@@ -34,12 +35,14 @@ class Reading:
         library: The consumer's, as pip names it.
         script: Its script below ``readers``.
         precision: What is loaded.
+        prepares: Whether it prepares pictures itself, and so embeds those alone that the probe has whole.
     """
 
     name: str
     library: str
     script: str
     precision: str
+    prepares: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Layout:
         paths: The files that it must have, by the towers and precisions.
         readings: How it is loaded, by the precisions.
         by_name: Whether it is written only where it is asked for by name: what has a folder of its own for one server,
-            mostly of files that the export has elsewhere already.
+            mostly of files that the export has elsewhere already, or needs more than Python to be proved.
+        check: Refuses to begin where what is no Python package is missing.
     """
 
     packages: tuple[Package, ...]
@@ -77,6 +81,7 @@ class Layout:
     paths: Callable[[Sequence[str], Sequence[str]], tuple[str, ...]]
     readings: Callable[[Sequence[str]], tuple[Reading, ...]]
     by_name: bool = False
+    check: Callable[[], None] = lambda: None
 
 
 def _no_faults(student: DualEncoder) -> Iterator[str]:
@@ -88,7 +93,7 @@ def _onnx_paths(towers: Sequence[str], precisions: Sequence[str]) -> tuple[str, 
 
 
 def _written_elsewhere(student: DualEncoder, folder: Path, precisions: Sequence[str]) -> None:
-    """The run's rows are written by :func:`~clipdistill.formats.vectors.write_vectors`, which is given them."""
+    """What takes more than the student is written by ``write_vectors`` and ``write_web``, which are given it."""
 
 
 _ONNX = tuple(Package(name, name) for name in ("onnx", "onnxruntime", "onnxscript"))
@@ -141,6 +146,15 @@ LAYOUTS = {
         readings=lambda precisions: (Reading("vectors", "numpy", "read_vectors.py", "fp16"),),
         by_name=True,
     ),
+    web.FOLDER: Layout(
+        packages=_ONNX,
+        write=_written_elsewhere,
+        faults=_no_faults,
+        paths=web.paths,
+        readings=lambda precisions: (Reading("web", "transformers.js", "read_web.py", web.PRECISION, prepares=True),),
+        by_name=True,
+        check=web.check_browser,
+    ),
 }
 """The layouts by name."""
 
@@ -172,6 +186,7 @@ def check_packages(layouts: Sequence[str]) -> None:
             layout.
     """
     for name in layouts:
+        LAYOUTS[name].check()
         for package in LAYOUTS[name].packages:
             if importlib.util.find_spec(package.module) is None:
                 raise MissingExtraError(package.name, "export")

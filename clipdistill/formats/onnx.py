@@ -14,6 +14,7 @@ from clipdistill.towers.student import DualEncoder
 
 FOLDER = "onnx"
 _SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}
+_DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8"}  # transformers.js' names of them
 _NAMES: dict[Tower, str] = {"image": "vision_model", "text": "text_model"}
 
 
@@ -55,6 +56,37 @@ def write_onnx(student: DualEncoder, folder: Path, precisions: Sequence[str]) ->
         for precision in precisions:
             model = unit_rows(CONVERSIONS[precision](whole), tower)
             files.write_bytes(folder / graph_path(tower, precision), serialised(model, tower, precision))
+    write_configs(student, folder)
+
+
+def onnx_in_javascript(precision: str, length: int) -> str:
+    """The model card's words on loading the graphs with transformers.js.
+
+    Args:
+        precision: One that the export has.
+        length: The student's context, in tokens.
+    """
+    return f"""\
+transformers.js:
+
+```javascript
+import {{ AutoTokenizer, CLIPTextModelWithProjection }} from "@huggingface/transformers";
+
+const tokenizer = await AutoTokenizer.from_pretrained("FOLDER");
+const model = await CLIPTextModelWithProjection.from_pretrained("FOLDER", {{ dtype: "{_DTYPES[precision]}" }});
+const {{ text_embeds }} = await model(tokenizer(["a red bicycle"], {{ padding: true, truncation: true }}));
+```
+
+It cuts a text of more than {length} tokens with its end token, and such a text's embedding is then another."""
+
+
+def write_configs(student: DualEncoder, folder: Path) -> None:
+    """Write the configurations that transformers.js asks for beside the graphs.
+
+    Args:
+        student: The student.
+        folder: The one that holds ``onnx/``.
+    """
     hub_files.write_config(folder, _config(student), over=False)
     if student.preprocess is not None and not list(hub_files.processor_faults(student.preprocess, FOLDER)):
         hub_files.write_processor(folder, student.preprocess)

@@ -24,6 +24,7 @@ from clipdistill.retrieval.measures import overlap_at_k, success_at_k
 
 BARS = {"fp32": 0.99999, "fp16": 0.9999, "int8": 0.995}
 """The least worst-row cosine with the PyTorch student, by precision."""
+_FIGURE = "figure_"
 _UNIT, _TOP, _SECONDS = 1e-3, 10, 900
 _READERS = Path(__file__).parent / "readers"
 
@@ -41,8 +42,10 @@ class Parity:
             ``student_success10`` beside it where the right pictures are known, and ``index_overlap10`` where the export
             has an index: of what its texts find there with what the student's find. Where fewer than 11 can be found,
             the number in the name is the largest that is not all of them. ``preprocess_cosine`` is the least of the
-            pictures that the consumer resized, cropped and normalised itself, which no bar holds. What cannot be
-            measured is left out.
+            pictures that the consumer resized, cropped and normalised itself, which no bar holds. ``gallery_overlap10``
+            is of what a bundle's page finds with an exact search of the student's own vectors; beside it are the
+            seconds to its first result and the milliseconds of a text and of a search. What cannot be measured is left
+            out.
     """
 
     reading: str
@@ -56,7 +59,14 @@ class Parity:
         return asdict(self)
 
 
-def measure(reading: Reading, folder: Path, probe: Probe, expected: Rows, index: VectorIndex | None = None) -> Parity:
+def measure(
+    reading: Reading,
+    folder: Path,
+    probe: Probe,
+    expected: Rows,
+    index: VectorIndex | None = None,
+    gallery: Vectors | None = None,
+) -> Parity:
     """Load an export with its consumer, in a fresh process, and compare what it embeds with the student.
 
     Args:
@@ -65,6 +75,7 @@ def measure(reading: Reading, folder: Path, probe: Probe, expected: Rows, index:
         probe: What is embedded.
         expected: The student's own embeddings.
         index: The export's; None where it has none.
+        gallery: The vectors that its web bundle searches, or was made from; None where it has none.
 
     Raises:
         ParityError: If the consumer cannot load or run it, or rows are missing, not unit or too far from the
@@ -73,7 +84,9 @@ def measure(reading: Reading, folder: Path, probe: Probe, expected: Rows, index:
     found, version = _read(reading, folder, probe)
     _check_tokens(reading, probe, found)
     towers: dict[str, dict[str, float]] = {}
-    for tower, own in expected.items():
+    whole = list(probe.originals)
+    wanted = {**expected, "image": expected["image"][whole]} if reading.prepares and "image" in expected else expected
+    for tower, own in wanted.items():
         rows = found.get(tower)
         if rows is None or rows.shape != own.shape:
             shape = None if rows is None else list(rows.shape)
@@ -82,8 +95,10 @@ def measure(reading: Reading, folder: Path, probe: Probe, expected: Rows, index:
         worst = min(_worst(reading, tower, rows, own), _worst(reading, tower, alone, own[: len(alone)]))
         towers[tower] = {"worst_cosine": worst, "rows": len(rows)}
     bar = BARS[reading.precision]
-    recall = _recall(probe, found, expected) | ({} if index is None else _index_recall(index, found, expected))
-    recall |= _preprocess(reading, probe, found, expected)
+    recall = {} if reading.prepares else _recall(probe, found, expected)
+    recall |= {} if index is None else _index_recall(index, found, expected)
+    recall |= _preprocess(reading, probe, found, expected) | _gallery_recall(found, expected, gallery)
+    recall |= {name[len(_FIGURE) :]: float(value) for name, value in found.items() if name.startswith(_FIGURE)}
     measured = Parity(reading.name, f"{reading.library} {version}", towers, bar, recall)
     _refuse_below(measured)
     return measured
@@ -207,6 +222,16 @@ def _index_recall(index: VectorIndex, found: Rows, expected: Rows) -> dict[str, 
         return {}
     theirs, own = (index.search(rows["text"], top).ids for rows in (found, expected))
     return {f"index_overlap{top}": float(np.mean(overlap_at_k(theirs, own, top)))}
+
+
+def _gallery_recall(found: Rows, expected: Rows, gallery: Vectors | None) -> dict[str, float]:
+    """How far what a bundle's page finds is what an exact search with the student's own texts finds."""
+    if gallery is None or "gallery_top" not in found or (top := _depth(len(gallery))) < 1:
+        return {}
+    own = exact_top_k(expected["text"], gallery, top).ids
+    return {
+        f"gallery_overlap{top}": float(np.mean(overlap_at_k(found["gallery_top"].astype(np.int64)[:, :top], own, top)))
+    }
 
 
 def _depth(rows: int) -> int:

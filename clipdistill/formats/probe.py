@@ -157,19 +157,24 @@ def read_check(path: Path, preprocess: Any) -> tuple[Probe, Rows]:
         pixels = None if preprocess is None else preprocess.normalise(_enlarged(parts["patches"], preprocess.size))
         towers = ("text",) if preprocess is None else ("image", "text")
         texts = _unpacked(parts["texts"]) if "texts" in parts else ()
-        return Probe(parts["input_ids"], pixels, texts=texts), {tower: parts[f"{tower}_embeds"] for tower in towers}
+        originals = {} if preprocess is None else dict(enumerate(_enlarged(parts["patches"], preprocess.size)))
+        rows = {tower: parts[f"{tower}_embeds"] for tower in towers}
+        return Probe(parts["input_ids"], pixels, texts=texts, originals=originals), rows
     except (OSError, EOFError, ValueError, IndexError, KeyError, zipfile.BadZipFile) as fault:
         raise DataError(f"{path}: holds no probes: {fault}. Export again: clipdistill export RUN.toml") from fault
 
 
 def _originals(pictures: Sequence[Picture], max_pixels: int) -> dict[int, Pixels]:
-    """The first decoded pictures that are small enough to be handed on whole, by their place."""
+    """The first decoded pictures that are small enough to be handed on whole, by their place; the smallest of none."""
     found: dict[int, Pixels] = {}
+    smallest: tuple[int, Pixels] | None = None
     for row, picture in enumerate(pictures[:_ORIGINALS]):
-        image = decode(picture.read(), max_pixels, picture.origin)
-        if image.width * image.height <= _LARGEST_ORIGINAL:
-            found[row] = np.array(image, np.uint8)
-    return found
+        pixels = np.array(decode(picture.read(), max_pixels, picture.origin), np.uint8)
+        if pixels.size <= 3 * _LARGEST_ORIGINAL:
+            found[row] = pixels
+        elif smallest is None or pixels.size < smallest[1].size:
+            smallest = row, pixels
+    return found or ({} if smallest is None else dict([smallest]))
 
 
 def _packed(texts: Sequence[str]) -> npt.NDArray[np.uint8]:

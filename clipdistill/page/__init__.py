@@ -14,7 +14,9 @@ ENGINE = ("engine.js", "pixels.js")
 # All that the page knows of the service is this object; the bundle's does the same in the browser.
 _SERVICE = re.compile(rb"const service = \{\n.*?\n\};\n", re.DOTALL)
 _IN_BROWSER = b"""\
-const engine = import("./engine.js").then((module) => module.open());
+const engine = import("./engine.js").then((module) => module.open(), (fault) => {
+  throw new Problem("The search could not be loaded", `${fault.message}. Is every file of the bundle at this address?`);
+});
 engine.catch(() => {});  // who asks it is told
 const titled = (fault) => fault.title ? new Problem(fault.title, fault.message) : fault;
 const service = {
