@@ -86,6 +86,8 @@ def test_all_lie_side_by_side_and_are_verified(made):
         "onnx/text_model.onnx", "onnx/vision_model.onnx",
     } <= files  # fmt: skip
     assert [one.reading for one in report.parities] == ["onnx/fp32", "immich", "triton", "vectors"]
+    drift = report.parities[1].recall["preprocess_cosine"]  # 40 x 36 pixels: 3 of 35 are cut off, so it is one pixel
+    assert 0.3 < drift < 0.9999, drift
     again = verify(folder)
     assert [one.reading for one in again.parities] == ["onnx/fp32", "immich", "triton", "vectors"]
     assert {one.towers["image"]["rows"] for one in report.parities} == {12}
@@ -123,6 +125,14 @@ def test_immichs_own_tokens_are_the_students(made):
     student, folder, _, _ = made
     ids = script("read_immich")._token_ids(folder / "immich/textual", 16, TEXTS)
     np.testing.assert_array_equal(ids, student.tokenizer.encode(TEXTS, cut=False))
+
+
+def test_another_tokenizer_in_immichs_folder_is_a_parity_error(copied):
+    folder, read = copied
+    path = folder / "immich/textual/tokenizer_config.json"
+    path.write_text(path.read_text().replace("<|pad|>", "<|endoftext|>"))
+    with pytest.raises(ParityError, match="has other token ids than the student for 9 of 11 texts, first for ''"):
+        read("immich")
 
 
 @pytest.mark.parametrize(("size", "shift"), [((64, 40), 1), ((32, 32), 0), ((37, 32), 0), ((35, 32), 1)])
