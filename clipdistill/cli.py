@@ -262,15 +262,32 @@ def verify(
 def serve(
     export: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export's folder.")],
     index: Annotated[
-        Path | None,
-        typer.Option("--index", help="An index that was built with its student; EXPORT/index if not given."),
+        list[Path] | None,
+        typer.Option(
+            "--index", help="An index of its student, EXPORT/index if not given; each further one: a variant."
+        ),
+    ] = None,
+    dim: Annotated[
+        list[int] | None, typer.Option("--dim", help="A variant of so many leading dimensions; may be repeated.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant", help="Another student of the same pictures, EXPORT or EXPORT=INDEX; may be repeated."
+        ),
     ] = None,
     pictures: Annotated[
-        Path | None, typer.Option("--pictures", help="The indexed pictures' folder: thumbnails.")
+        Path | None, typer.Option("--pictures", help="The indexed pictures' folder, or the run's: thumbnails.")
     ] = None,
     compare: Annotated[Path | None, typer.Option("--compare", help="Another export, shown beside it.")] = None,
     compare_index: Annotated[
         Path | None, typer.Option("--compare-index", help="The other export's index; COMPARE/index if not given.")
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option("--teacher", help="A run's folder: its teacher is shown beside (loads PyTorch).")
+    ] = None,
+    teacher_index: Annotated[
+        Path | None, typer.Option("--teacher-index", help="The teacher's index; the run's cache if not given.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The model's name; the folder's when not given.")] = None,
     precision: Annotated[str, typer.Option("--precision", help="fp32, fp16 or int8.")] = "fp32",
@@ -279,7 +296,7 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option("--allow-host", help="A name that requests' Host may say; may be repeated.")
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", help="Of ONNX Runtime; 0: its own choice.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", help="Of ONNX Runtime and PyTorch; 0: their own choice.")] = 0,
     batch: Annotated[int, typer.Option("--batch", help="Texts or pictures encoded together at most.")] = 32,
     window_ms: Annotated[float, typer.Option("--window-ms", help="How long a batch waits for company.")] = 2.0,
     waiting: Annotated[int, typer.Option("--waiting", help="Texts or pictures that may wait; then 503.")] = 512,
@@ -290,7 +307,22 @@ def serve(
     from clipdistill.stages.serve import serve as serve_export
 
     options = Options(batch=batch, window_ms=window_ms, waiting=waiting, hosts=tuple(allow_host or ()))
-    served = Served(export, index, name, pictures, compare, compare_index, precision, threads)
+    first, further = (index[0], index[1:]) if index else (None, [])
+    served = Served(
+        export,
+        first,
+        name=name,
+        pictures=pictures,
+        compare=compare,
+        compare_index=compare_index,
+        precision=precision,
+        threads=threads,
+        indexes=tuple(further),
+        dims=tuple(dim or ()),
+        variants=tuple(variant or ()),
+        teacher=teacher,
+        teacher_index=teacher_index,
+    )
     serve_export(served, options, host, port)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 from typing import Any
@@ -18,10 +18,12 @@ from clipdistill.serve import schemas
 from clipdistill.serve.engine import Engine
 from clipdistill.serve.guard import Guard
 from clipdistill.serve.metrics import Metrics
+from clipdistill.serve.models import Models, Way
 from clipdistill.serve.options import Options
 from clipdistill.serve.problems import MEDIA_TYPE, ProblemError, problem_response
 from clipdistill.serve.routes import Routes
 from clipdistill.serve.thumbnails import PictureSource, Thumbnails
+from clipdistill.serve.variants import Variant, named
 from clipdistill.serve.workers import Gate
 
 _REFUSALS = {
@@ -36,11 +38,13 @@ _PICTURE = {"image/*": {"schema": {"type": "string", "format": "binary"}}}
 
 
 def create_app(
-    searcher: Searcher,
+    searcher: Searcher | Variant,
     options: Options | None = None,
     *,
     name: str = "student",
     compared: tuple[str, Searcher] | None = None,
+    variants: Sequence[Variant] = (),
+    texts_alone: Collection[str] = (),
     pictures: PictureSource | None = None,
     count_tokens: Callable[[Sequence[str]], int] | None = None,
 ) -> FastAPI:
@@ -51,11 +55,13 @@ def create_app(
         options: The bounds; the defaults where None.
         name: What the model is called in requests and answers.
         compared: A second model to show beside the first: its name, and its own searcher.
+        variants: Further ways to search the same pictures, for the client to choose among.
+        texts_alone: The names of the models that cannot embed pictures.
         pictures: Where thumbnails of the indexed pictures come from; None = no thumbnails.
         count_tokens: Counts the tokens of texts for ``usage``; 0 is reported where None.
 
     Raises:
-        ConfigError: If both models have one name.
+        ConfigError: If both models have one name, or variants are of other pictures.
     """
     options = options or Options()
     if compared is not None and compared[0] == name:
@@ -63,9 +69,18 @@ def create_app(
     metrics, gate = Metrics(), Gate(options.threads, options.waiting)
     # Searching and decoding do not wait for each other: a page full of thumbnails must not hold up the next search.
     decoding = Gate(options.threads, options.waiting)
-    named = [(name, searcher), *([] if compared is None else [compared])]
-    engines = [Engine(each, one, options, metrics, gate) for each, one in named]
-    routes = Routes(engines, options, metrics, decoding, _thumbnails(pictures, options), count_tokens)
+    first = Variant(searcher) if isinstance(searcher, Searcher) else searcher
+    ways = {
+        way: Way(
+            Engine(name, one.searcher, options, metrics, gate, series=name if one is first else f"{name} {way}"), facts
+        )
+        for way, (one, facts) in named([first, *variants]).items()
+    }
+    other = None if compared is None else Engine(*compared, options, metrics, gate)
+    engines = [*(way.engine for way in ways.values()), *([] if other is None else [other])]
+    main = next(way for way, each in ways.items() if each.engine.searcher is first.searcher)
+    models = Models(main, ways, other, frozenset(texts_alone))
+    routes = Routes(models, options, metrics, decoding, _thumbnails(pictures, options), count_tokens)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -112,7 +127,10 @@ def _add_routes(app: FastAPI, routes: Routes) -> None:
         responses={200: {"model": schemas.SearchResponse}, **refusals},
         openapi_extra={
             "requestBody": _body(schemas.SearchRequest, _PICTURE),
-            "parameters": [_parameter("k", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 10})],
+            "parameters": [
+                _parameter(name, schema)
+                for name, schema in schemas.SearchQuery.model_json_schema()["properties"].items()
+            ],
         },
     )
     app.add_api_route(

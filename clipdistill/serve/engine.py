@@ -47,15 +47,25 @@ class Engine:
         options: The service's bounds.
         metrics: Told what is encoded.
         gate: The threads for searching and for reading pictures' headers.
+        series: What the metrics call it; the name where None.
     """
 
-    def __init__(self, name: str, searcher: Searcher, options: Options, metrics: Metrics, gate: Gate) -> None:
-        self.name, self.searcher = name, searcher
+    def __init__(
+        self,
+        name: str,
+        searcher: Searcher,
+        options: Options,
+        metrics: Metrics,
+        gate: Gate,
+        *,
+        series: str | None = None,
+    ) -> None:
+        self.name, self.searcher, self._series = name, searcher, series or name
         self._pixels, self._gate = options.pixels, gate
         self._search_s = float("inf")
         self._texts: Batcher[str] = self._batcher(searcher.encoder.encode_texts, "text", options, metrics)
         self._pictures: Batcher[Picture] = self._batcher(searcher.encoder.encode_images, "image", options, metrics)
-        metrics.indexed(name, len(searcher.index))
+        metrics.indexed(self._series, len(searcher.index))
 
     def _batcher(
         self, encode: Callable[[Sequence[T]], Vectors], tower: str, options: Options, metrics: Metrics
@@ -65,8 +75,8 @@ class Engine:
             batch=options.batch,
             window_s=options.window_ms / 1000,
             waiting=options.waiting,
-            encoded=partial(metrics.encoded, self.name, tower),
-            queued=partial(metrics.waiting, self.name, tower),
+            encoded=partial(metrics.encoded, self._series, tower),
+            queued=partial(metrics.waiting, self._series, tower),
         )
 
     async def __aenter__(self) -> Engine:

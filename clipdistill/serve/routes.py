@@ -14,13 +14,13 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
 
-from clipdistill.core.errors import suggest
 from clipdistill.data.records import Picture
 from clipdistill.page import load_page
 from clipdistill.retrieval.exact import Vectors
 from clipdistill.serve import bodies, schemas
 from clipdistill.serve.engine import Answer, Engine
 from clipdistill.serve.metrics import CONTENT_TYPE, Metrics
+from clipdistill.serve.models import Models
 from clipdistill.serve.options import Options
 from clipdistill.serve.problems import AsciiJson, ProblemError, of_validation
 from clipdistill.serve.thumbnails import Thumbnails
@@ -36,7 +36,7 @@ class Routes:
     """The endpoints of one service.
 
     Args:
-        engines: The model, and perhaps the one it is compared with.
+        models: The model in its variants, and perhaps the one it is compared with.
         options: The bounds.
         metrics: What ``/metrics`` shows.
         gate: The threads that decode thumbnails.
@@ -46,18 +46,17 @@ class Routes:
 
     def __init__(
         self,
-        engines: Sequence[Engine],
+        models: Models,
         options: Options,
         metrics: Metrics,
         gate: Gate,
         thumbnails: Thumbnails | None,
         count_tokens: Callable[[Sequence[str]], int] | None,
     ) -> None:
-        self._engines = {engine.name: engine for engine in engines}
-        self._main, self._other = engines[0], engines[1] if len(engines) > 1 else None
+        self._models = models
         self._options, self._metrics, self._gate = options, metrics, gate
         self._thumbnails, self._count_tokens = thumbnails, count_tokens
-        self._keys = frozenset(key for engine in engines for key in engine.searcher.index.ids)
+        self._keys = frozenset(key for engine in models.each for key in engine.searcher.index.ids)
         self._bodies = bodies.Bodies(options)
         self._page = load_page()
 
@@ -68,21 +67,29 @@ class Routes:
             if kind == _JSON:
                 asked = _valid(schemas.SearchRequest, bodies.parse_json(data))
                 text = bodies.checked_text(asked.text, "text", self._options.text_chars)
-                return await self._found(text, asked.k, asked.compare)
+                return await self._found(text, asked)
             if kind.startswith("image/"):
                 query = _valid(schemas.SearchQuery, dict(request.query_params))
-                return await self._found(Picture("picture", data=data), query.k, query.compare)
+                return await self._found(Picture("picture", data=data), query)
         raise ProblemError(
             415,
             f"send {_JSON} with a text, or a picture as the body with its Content-Type (image/jpeg, image/png, ...)",
         )
 
-    async def _found(self, query: str | Picture, k: int, compare: bool) -> Response:
-        engines = [self._main, *([self._other] if compare and self._other is not None else [])]
-        asked = [engine.search(query, k) for engine in engines]
-        answers = [await asked[0]] if len(asked) == 1 else await asyncio.gather(*asked)
-        found = [self._shown(engine, answer) for engine, answer in zip(engines, answers, strict=True)]
-        return AsciiJson({**found[0], "compared": found[1] if len(found) > 1 else None})
+    async def _found(self, query: str | Picture, asked: schemas.SearchRequest | schemas.SearchQuery) -> Response:
+        variant = self._models.variant(asked.variant)
+        main, other = self._models.ways[variant].engine, self._models.other if asked.compare else None
+        if isinstance(query, Picture):
+            self._check_pictures(main)
+            other = other if other is not None and self._models.takes_pictures(other) else None
+        searches = [engine.search(query, asked.k) for engine in (main, other) if engine is not None]
+        answers = [await searches[0]] if len(searches) == 1 else await asyncio.gather(*searches)
+        compared = None if other is None else self._shown(other, answers[1])
+        return AsciiJson({**self._shown(main, answers[0]), "variant": variant, "compared": compared})
+
+    def _check_pictures(self, engine: Engine) -> None:
+        if not self._models.takes_pictures(engine):
+            raise ProblemError(422, f"{engine.name} takes words alone: it has no tower for pictures. Send a text")
 
     def _shown(self, engine: Engine, answer: Answer) -> dict[str, Any]:
         hits = [
@@ -103,11 +110,10 @@ class Routes:
             body = bodies.parse_json(data)
             self._check_count(body.get("input"))
             asked = _valid(schemas.EmbeddingsRequest, body)
-            engine = self._engine(asked.model)
-            if asked.dimensions not in (None, engine.searcher.encoder.dim):
-                wanted, dim = asked.dimensions, engine.searcher.encoder.dim
-                raise ProblemError(422, f"dimensions: {engine.name} has {dim}, not {wanted}")
+            engine = self._models.embedding(asked.model, asked.dimensions)
             inputs = [self._input(each, place) for place, each in enumerate(_listed(asked.input))]
+            if any(isinstance(each, Picture) for each in inputs):
+                self._check_pictures(engine)
             rows = await _embedded(engine, inputs)
         texts = [each for each in inputs if isinstance(each, str)]
         tokens = self._count_tokens(texts) if texts and self._count_tokens is not None else 0
@@ -127,14 +133,6 @@ class Routes:
         """Before the schema sees it: a list of millions would be as many faults."""
         if isinstance(value, list) and not 1 <= len(value) <= self._options.inputs:
             raise ProblemError(422, f"input: {len(value)} items; from 1 to {self._options.inputs} are accepted")
-
-    def _engine(self, name: str | None) -> Engine:
-        engine = self._main if name is None else self._engines.get(name)
-        if engine is None:
-            raise ProblemError(
-                404, f"model: no model {str(name)[:60]!r} here; {suggest(str(name)[:60], self._engines)}"
-            )
-        return engine
 
     def _input(self, value: schemas.Input, place: int) -> str | Picture:
         where = f"input[{place}]"
@@ -157,17 +155,16 @@ class Routes:
 
     async def models(self) -> Response:
         """The models that can be named in an embeddings request, as the OpenAI API lists them."""
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "clipdistill"} for name in self._engines]
+        names = [engine.name for engine in self._models.each]
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "clipdistill"} for name in names]
         return AsciiJson({"object": "list", "data": data})
 
     async def info(self) -> Response:
-        """What is served: models, widths, numbers of vectors, and the bounds of requests."""
-        models = [
-            {"name": name, "dim": engine.searcher.encoder.dim, "vectors": len(engine.searcher.index)}
-            for name, engine in self._engines.items()
-        ]
+        """What is served: models with their widths, vectors and variants, and the bounds of requests."""
         limits = {name: getattr(self._options, name) for name in ("body_bytes", "text_chars", "inputs", "pixels")}
-        return AsciiJson({"models": models, "thumbnails": self._thumbnails is not None, "limits": limits})
+        return AsciiJson(
+            {"models": self._models.to_json(), "thumbnails": self._thumbnails is not None, "limits": limits}
+        )
 
     async def health(self) -> Response:
         """Whether the service is up."""

@@ -20,6 +20,7 @@ class SearchRequest(BaseModel):
     text: str
     k: Count = 10
     compare: bool = False
+    variant: str | None = None
 
 
 class SearchQuery(BaseModel):
@@ -28,6 +29,7 @@ class SearchQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
     k: Count = 10
     compare: bool = False
+    variant: str | None = None
 
 
 class TextInput(BaseModel):
@@ -83,8 +85,12 @@ class Found(BaseModel):
 
 
 class SearchResponse(Found):
-    """The hits, and another model's for the same query where it was asked for and there is one."""
+    """The hits, which of the model's variants found them, and another model's for the same query.
 
+    That is null where it was not asked for, there is none, or the query is a picture and it has no tower for pictures.
+    """
+
+    variant: str
     compared: Found | None
 
 

@@ -6,20 +6,22 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, final
+from typing import TYPE_CHECKING, cast
 
 from clipdistill.core.errors import ConfigError, MissingExtraError
-from clipdistill.data.records import Picture
 from clipdistill.retrieval.index import FOLDER, VectorIndex
-from clipdistill.search import Searcher
+from clipdistill.search import QuerySide, Searcher
+from clipdistill.serve.encoders import Leading, OneByOne
 from clipdistill.serve.options import Options
-from clipdistill.towers.encoder import Encoder, Vectors
+from clipdistill.serve.variants import Variant
+from clipdistill.towers.encoder import Encoder
 from clipdistill.towers.tokenizer import StudentTokenizer
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from clipdistill.runtime.encoder import Precision
+    from clipdistill.runtime.encoder import Precision, RuntimeEncoder
+    from clipdistill.serve.thumbnails import PictureSource
 
 _EXTRA = "serve"
 _PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client", "onnxruntime", "tokenizers")
@@ -31,13 +33,18 @@ class Served:
 
     Attributes:
         export: An export's folder.
-        index: The index that was built with its student; None = the one that the export holds.
+        index: An index that was built with its student; None takes the one that the export carries.
         name: What the model is called; the export's folder name where None.
-        pictures: The folder of the indexed pictures, for thumbnails; None = no thumbnails.
+        pictures: The folder of the indexed pictures, or of the run that has them, for thumbnails; None = no thumbnails.
         compare: Another export whose results are shown beside; None = none.
-        compare_index: Its index; None = the one that it holds.
+        compare_index: Its index; None takes the one that it carries.
         precision: Of the ONNX graphs: fp32, fp16 or int8.
-        threads: For ONNX Runtime; 0 = its own choice.
+        threads: For ONNX Runtime and PyTorch; 0 = their own choice.
+        indexes: Further indexes of the same student's embeddings: variants to choose among.
+        dims: Widths to cut the student's embeddings to, each a variant; it should be trained for them.
+        variants: Further students of the same pictures, each a variant: ``EXPORT``, or ``EXPORT=INDEX``.
+        teacher: The folder of a run whose teacher is shown beside; None = none.
+        teacher_index: An index of that teacher's embeddings; None takes those that the run stored.
     """
 
     export: Path
@@ -48,6 +55,11 @@ class Served:
     compare_index: Path | None = None
     precision: str = "fp32"
     threads: int = 0
+    indexes: tuple[Path, ...] = ()
+    dims: tuple[int, ...] = ()
+    variants: tuple[str, ...] = ()
+    teacher: Path | None = None
+    teacher_index: Path | None = None
 
 
 def serve(served: Served, options: Options, host: str, port: int) -> None:
@@ -60,7 +72,8 @@ def serve(served: Served, options: Options, host: str, port: int) -> None:
         port: The port; 0 = any free one.
 
     Raises:
-        ConfigError: For a folder that is not there, an index without its export, or an address that cannot be used.
+        ConfigError: For a folder that is not there, options that do not go together, or an address that cannot be used.
+        DataError: If a run has no stored embeddings of its teacher.
         MismatchError: If an index was made by another encoder.
         MissingExtraError: If the libraries of the service are not installed.
     """
@@ -80,35 +93,109 @@ def build_app(served: Served, options: Options) -> FastAPI:
         options: The bounds.
 
     Raises:
-        ConfigError: For a folder that is not there, or an index without its export.
+        ConfigError: For a folder that is not there, options that do not go together, or a width that cannot be cut to.
+        DataError: If a run has no stored embeddings of its teacher.
         MismatchError: If an index was made by another encoder.
     """
     from clipdistill.serve.app import create_app
-    from clipdistill.serve.thumbnails import PictureFolder
 
-    if served.compare is None and served.compare_index is not None:
-        raise ConfigError("--compare-index: give --compare too: the export whose index it is")
+    _check(served)
     name = served.name or served.export.resolve().name
-    searcher, tokenizer = _searcher(served, served.export, served.index)
-    compared = None
-    if served.compare is not None:
-        other = served.compare.resolve().name
-        compared = (
-            other if other != name else f"{other} (compared)",
-            _searcher(served, served.compare, served.compare_index)[0],
-        )
+    student = _open(served, served.export, served.index)
+    beside = _beside(served, name, student.index.ids)
+    if beside is not None and served.teacher is not None:
+        student = student.helped(beside[1].encoder)
+    texts_alone = [name] if student.texts_alone else []
+    if beside is not None and beside[2]:
+        texts_alone.append(beside[0])
     return create_app(
-        searcher,
+        student.variant(served.precision),
         options,
         name=name,
-        compared=compared,
-        pictures=None if served.pictures is None else PictureFolder(served.pictures),
-        count_tokens=_token_counter(tokenizer),
+        compared=None if beside is None else beside[:2],
+        variants=_variants(served, student),
+        texts_alone=texts_alone,
+        pictures=None if served.pictures is None else _pictures(served.pictures),
+        count_tokens=_token_counter(student.runtime.tokenizer),
     )
 
 
-def _searcher(served: Served, export: Path, index: Path | None) -> tuple[Searcher, StudentTokenizer]:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Opened:
+    """An export with an index, and the live teacher that embeds pictures for a text tower alone."""
+
+    runtime: RuntimeEncoder
+    index: VectorIndex
+    model_bytes: int
+    teacher: Encoder | None = None
+
+    @property
+    def texts_alone(self) -> bool:
+        return self.runtime.searches is not None and self.teacher is None
+
+    def helped(self, teacher: Encoder) -> _Opened:
+        return replace(self, teacher=teacher) if self.runtime.searches is not None else self
+
+    def encoder(self, precision: str) -> Encoder:
+        whole: Encoder = self.runtime if self.teacher is None else QuerySide(self.runtime, self.teacher)
+        return OneByOne(whole) if precision == "int8" else whole
+
+    def variant(self, precision: str) -> Variant:
+        return Variant(Searcher(self.encoder(precision), self.index), self.model_bytes)
+
+
+def _check(served: Served) -> None:
+    faults = []
+    if served.compare is None and served.compare_index is not None:
+        faults.append("--compare-index: give --compare too: the export whose index it is")
+    if served.teacher is None and served.teacher_index is not None:
+        faults.append("--teacher-index: give --teacher too: the run whose teacher made it")
+    if served.teacher is not None and served.compare is not None:
+        faults.append("--teacher and --compare: one model is shown beside the student; give one of the two")
+    if faults:
+        raise ConfigError(faults)
+
+
+def _beside(served: Served, name: str, keys: tuple[str, ...]) -> tuple[str, Searcher, bool] | None:
+    """What is shown beside the student: its name, which is not the student's, and whether it takes texts alone."""
+    if served.teacher is not None:
+        from clipdistill.stages.beside import open_beside
+
+        other, searcher = open_beside(served.teacher, keys, served.teacher_index, served.threads)
+        return other if other != name else f"{other} (teacher)", searcher, False
+    if served.compare is not None:
+        opened = _open(served, served.compare, served.compare_index)
+        other = served.compare.resolve().name
+        searcher = opened.variant(served.precision).searcher
+        return other if other != name else f"{other} (compared)", searcher, opened.texts_alone
+    return None
+
+
+def _variants(served: Served, student: _Opened) -> list[Variant]:
+    """The further ways to search: other indexes, fewer dimensions, other students."""
+    encoder, size = student.encoder(served.precision), student.model_bytes
+    found = [
+        Variant(Searcher(encoder, VectorIndex.load(index, encoder=encoder.fingerprint)), size)
+        for index in served.indexes
+    ]
+    for dim in served.dims:
+        cut = Leading(encoder, dim)
+        rows, ids = cut.cut(student.index.vectors()), student.index.ids
+        index = VectorIndex.build(rows, ids, factory=student.index.requested, encoder=cut.fingerprint)
+        found.append(Variant(Searcher(cut, index), size))
+    for text in served.variants:
+        export, _, own = text.partition("=")
+        opened = _open(served, Path(export), Path(own) if own else None)
+        if (opened.runtime.searches is None) != (student.runtime.searches is None):
+            raise ConfigError(f"--variant {text}: one of it and {served.export} has a text tower alone, the other not")
+        helped = opened if student.teacher is None else opened.helped(student.teacher)
+        found.append(helped.variant(served.precision))
+    return found
+
+
+def _open(served: Served, export: Path, index: Path | None) -> _Opened:
     from clipdistill.runtime import RuntimeEncoder
+    from clipdistill.runtime.folder import SUFFIXES, TEXT, VISION
 
     if index is None and export.is_dir() and not (export / FOLDER).is_dir():
         raise ConfigError(
@@ -120,43 +207,21 @@ def _searcher(served: Served, export: Path, index: Path | None) -> tuple[Searche
         if not folder.is_dir():
             raise ConfigError(f"{what}: {folder}: not a folder. Make it with: clipdistill {what} RUN.toml")
     runtime = RuntimeEncoder.load(export, precision=cast("Precision", served.precision), threads=served.threads)
-    encoder: Encoder = OneByOne(runtime) if runtime.precision == "int8" else runtime
-    return Searcher(encoder, VectorIndex.load(index, encoder=encoder.fingerprint)), runtime.tokenizer
+    graphs = [export / name.format(SUFFIXES[served.precision]) for name in (TEXT, VISION)]
+    size = sum(graph.stat().st_size for graph in graphs if graph.is_file())
+    return _Opened(runtime, VectorIndex.load(index, encoder=runtime.fingerprint), size)
 
 
-@final
-class OneByOne:
-    """An encoder that gives each text and picture to its network alone, so that no answer depends on its neighbours.
+def _pictures(folder: Path) -> PictureSource:
+    """The pictures below a folder; of a run's folder those of its data, in tars and tables too."""
+    from clipdistill.serve.thumbnails import PictureFolder, PictureTable
 
-    An int8 graph scales its activations by the largest of the batch. Requests of strangers meet in the service's
-    batches, and the same query must give the same hits whoever else asks.
+    if not (folder / "run.toml").is_file():
+        return PictureFolder(folder)
+    from clipdistill.stages.beside import open_run
+    from clipdistill.stages.inputs import load_data
 
-    Args:
-        encoder: The encoder.
-    """
-
-    __slots__ = ("_encoder",)
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-
-    @property
-    def dim(self) -> int:
-        """The width of the embeddings."""
-        return self._encoder.dim
-
-    @property
-    def fingerprint(self) -> str:
-        """The encoder's."""
-        return self._encoder.fingerprint
-
-    def encode_images(self, pictures: Sequence[Picture], batch: int = 1) -> Vectors:
-        """Embed pictures: float32 [len(pictures), dim], unit rows; ``batch`` has no effect."""
-        return self._encoder.encode_images(pictures, 1)
-
-    def encode_texts(self, texts: Sequence[str], batch: int = 1) -> Vectors:
-        """Embed texts: float32 [len(texts), dim], unit rows; ``batch`` has no effect."""
-        return self._encoder.encode_texts(texts, 1)
+    return PictureTable({pair.key: pair.picture for pair in load_data(open_run(folder)).pairs if pair.picture})
 
 
 def _token_counter(tokenizer: StudentTokenizer) -> Callable[[Sequence[str]], int]:

@@ -107,7 +107,14 @@ def test_embeddings_of_texts_and_pictures_keep_their_order(client, shop):
 def test_the_models_and_what_is_served_are_listed(client):
     assert [each["id"] for each in client.get("/v1/models").json()["data"]] == ["student", "teacher"]
     info = client.get("/info").json()
-    assert info["models"] == [{"name": name, "dim": 8, "vectors": 32} for name in ("student", "teacher")]
+    main, other = info["models"]
+    assert other == {"name": "teacher", "dim": 8, "vectors": 32, "pictures": True}
+    variants = [{"name": "8-Flat", "dim": 8, "factory": "Flat", "index_megabytes": 0.001069, "model_megabytes": None}]
+    assert [
+        {name: value for name, value in each.items() if name != "bytes_per_vector"} for each in main["variants"]
+    ] == variants
+    assert main["variants"][0]["bytes_per_vector"] == round(32 + 45 / 32, 1)  # a vector, and its share of the header
+    assert main["variant"] == "8-Flat"
     assert info["thumbnails"] is True
     assert client.get("/healthz").json() == {"status": "ok"}
 

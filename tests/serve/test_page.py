@@ -5,14 +5,20 @@ import os
 import shutil
 import threading
 import time
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import uvicorn
 from little_service import COLOURS, ColourEncoder, gallery, picture, searcher
 
+from clipdistill.data.records import Picture
+from clipdistill.retrieval.index import VectorIndex
+from clipdistill.search import Searcher
 from clipdistill.serve.app import create_app
+from clipdistill.serve.encoders import Leading
 from clipdistill.serve.options import Options
 from clipdistill.serve.thumbnails import PictureFolder
+from clipdistill.serve.variants import Variant
 
 pytestmark = pytest.mark.slow
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -75,8 +81,51 @@ def shop(tmp_path_factory):
     service.stop()
 
 
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """A service of three sizes of one model, beside another."""
+    folder = gallery(tmp_path_factory.mktemp("sizes") / "goods")
+    main = searcher(folder, ColourEncoder())
+    rows, ids, print_ = main.index.vectors(), main.index.ids, main.encoder.fingerprint
+    packed = VectorIndex.build(rows, ids, factory="PQ4x4fs,Refine(SQ8)", encoder=print_)
+    cut = Leading(main.encoder, 3)
+    narrow = Searcher(cut, VectorIndex.build(cut.cut(rows), ids, factory="SQ8", encoder=cut.fingerprint))
+    ways = [Variant(Searcher(main.encoder, packed), 12_340_000), Variant(narrow, 9_100_000)]
+    other = searcher(folder, ColourEncoder(turn=0.8))
+    app = create_app(
+        Variant(main, 12_340_000), variants=ways, compared=("teacher", other), pictures=PictureFolder(folder)
+    )
+    service = Service(app)
+    yield service, {"8-Flat": main, "8-PQ4x4fs,Refine(SQ8)": ways[0].searcher, "3-SQ8": narrow}
+    service.stop()
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A service of a text tower alone."""
+    folder = gallery(tmp_path_factory.mktemp("words") / "goods", each=2)
+    main = searcher(folder, ColourEncoder())
+    service = Service(create_app(main, pictures=PictureFolder(folder), texts_alone=["student"]))
+    yield service, main
+    service.stop()
+
+
 @pytest.fixture
 def page(browser, shop):
+    yield from opened_page(browser, shop[0])
+
+
+@pytest.fixture
+def sized(browser, sizes):
+    yield from opened_page(browser, sizes[0])
+
+
+@pytest.fixture
+def wordy(browser, words):
+    yield from opened_page(browser, words[0])
+
+
+def opened_page(browser, service):
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     opened = context.new_page()
     opened.set_default_timeout(10_000)
@@ -84,11 +133,11 @@ def page(browser, shop):
     opened.on("pageerror", lambda fault: opened.faults.append(str(fault)))
     opened.on("console", lambda said: opened.faults.append(said.text) if "Content Security" in said.text else None)
     opened.on("request", lambda request: opened.asked.append(request.url))
-    opened.goto(shop[0].address)
+    opened.goto(service.address)
     opened.wait_for_selector("#about:not(:empty)")
     yield opened
     assert opened.faults == []
-    home = (shop[0].address, "data:", f"blob:{shop[0].address}")
+    home = (service.address, "data:", f"blob:{service.address}")
     assert [url for url in opened.asked if not url.startswith(home)] == []
     context.close()
 
@@ -266,3 +315,94 @@ def test_it_fits_its_width_in_light_and_dark(page, width, scheme, tmp_path):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.wait_for_timeout(150)
         page.screenshot(path=f"{folder}/{name}-{width}-{scheme}.png")
+
+
+def answered(page, keys):
+    page.wait_for_function(
+        "(keys) => JSON.stringify([...document.querySelectorAll('#found section:first-child .key')]"
+        ".map((each) => each.textContent)) === JSON.stringify(keys)",
+        arg=keys,
+    )
+
+
+def test_the_slider_chooses_among_the_sizes(sized, sizes):
+    _, ways = sizes
+    listed = [
+        each["name"] for each in sized.evaluate("fetch('info').then((one) => one.json())")["models"][0]["variants"]
+    ]
+    assert set(listed) == set(ways)
+    slider = sized.get_by_role("slider", name="Size")
+    assert slider.get_attribute("max") == "2"
+    assert listed[int(slider.input_value())] == "8-Flat"  # the first that was given, wherever it stands
+    assert sized.locator("#sizes option").count() == 3
+    sized.uncheck("#compare")
+    search(sized, "a red thing and a violet one")
+    slider.focus()
+    sized.keyboard.press("Home")
+    for place, name in enumerate(listed):
+        if place:
+            sized.keyboard.press("ArrowRight")
+        index = ways[name].index
+        said = sized.inner_text("#size")
+        assert said.startswith(f"{index.dim} dims, {index.factory}, ")
+        assert "B/vector, index " in said and " kB" in said and said.endswith(" MB")
+        assert slider.get_attribute("aria-valuetext") == said
+        answered(sized, [hit.key for hit in ways[name].by_text("a red thing and a violet one", 24)])
+        assert sized.evaluate("document.activeElement.id") == "variant"
+    sized.keyboard.press("ArrowLeft")
+    sized.keyboard.press("/")
+    assert sized.evaluate("document.activeElement.id") == "text"
+
+
+def test_a_dropped_picture_is_searched_for_in_the_chosen_size(sized, sizes):
+    slider = sized.get_by_role("slider", name="Size")
+    slider.focus()
+    sized.keyboard.press("Home")
+    data = picture(COLOURS["violet"], 1)
+    with sized.expect_request("**/search?*") as asked:
+        drop(sized, data)
+    name = sized.evaluate("variant().name")
+    assert parse_qs(urlsplit(asked.value.url).query)["variant"] == [name]
+    answered(sized, [hit.key for hit in sizes[1][name].by_picture(Picture("x", data=data), 24)])
+
+
+def test_without_sizes_there_is_no_slider(page):
+    assert page.is_hidden("#varying")
+    with page.expect_request("**/search") as asked:
+        search(page, "red")
+    assert "variant" not in asked.value.post_data_json
+
+
+def test_a_text_tower_alone_offers_no_pictures_and_says_why(wordy, words):
+    assert wordy.is_hidden("#choose")
+    assert wordy.is_hidden("#dropping")
+    assert wordy.inner_text("#invitation") == "Type a few words."
+    search(wordy, "green")
+    assert keys(wordy) == [hit.key for hit in words[1].by_text("green", 24)]
+    assert wordy.locator("#found button.card").count() == 0
+    wordy.wait_for_function("() => document.querySelector('#found img').naturalWidth === 48")
+    before = len(wordy.asked)
+    transfer = wordy.evaluate_handle(DROP, [base64.b64encode(picture(COLOURS["red"])).decode(), "image/png", "it.png"])
+    for event in ("dragenter", "dragover", "drop"):
+        wordy.dispatch_event("body", event, {"dataTransfer": transfer})
+        assert wordy.is_hidden("#drop")
+    wordy.wait_for_selector("#problem:visible")
+    assert "takes words alone" in wordy.inner_text("#why")
+    assert [url for url in wordy.asked[before:] if "search" in url] == []
+    wordy.fill("#text", "blue")
+    wordy.wait_for_selector("#problem", state="hidden")
+    wordy.keyboard.press("ArrowDown")
+    assert wordy.evaluate("document.activeElement.title").startswith("goods/blue/")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "light"), (390, "dark")])
+def test_the_slider_fits_its_width(sized, width, scheme, tmp_path):
+    sized.set_viewport_size({"width": width, "height": 844})
+    sized.emulate_media(color_scheme=scheme)
+    sized.get_by_role("slider", name="Size").focus()
+    sized.keyboard.press("Home")
+    search(sized, "red orange")
+    assert sized.evaluate("document.documentElement.scrollWidth") <= width
+    sized.wait_for_timeout(150)
+    folder = os.environ.get("CLIPDISTILL_SCREENSHOTS", str(tmp_path))
+    sized.screenshot(path=f"{folder}/sizes-{width}-{scheme}.png")

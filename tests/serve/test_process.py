@@ -22,9 +22,10 @@ from clipdistill.retrieval.index import VectorIndex
 from clipdistill.runtime import RuntimeEncoder
 from clipdistill.search import Searcher
 from clipdistill.serve.app import create_app
+from clipdistill.serve.encoders import OneByOne
 from clipdistill.serve.options import Options
 from clipdistill.serve.run import _listen
-from clipdistill.stages.serve import OneByOne, Served, build_app
+from clipdistill.stages.serve import Served, build_app
 
 pytestmark = pytest.mark.slow
 
