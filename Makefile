@@ -70,4 +70,5 @@ $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	$(PIP) --editable '.[dev]'
+	-$(BIN)/python -m clipdistill.formats.web_vendor 120  # of npm; without it the tests of web bundles are skipped
 	touch $@ $(VENV)/.demo

@@ -31,7 +31,7 @@ from clipdistill.towers.tokenizer import FILES as TOKENIZER_FILES
 
 FOLDER, FACTS, VENDOR = "web", "bundle.json", "vendor"
 PRECISION = "int8"
-_KEYS, _CODES, _SCALES, _THUMBNAILS = "keys.json", "vectors.int8", "scales.float32", "thumbs"
+_KEYS, _CODES, _SCALES, _THUMBNAILS = "keys.json", "vectors.bin", "scales.bin", "thumbs"
 _STEPS, _TEXT_CHARS, _QUALITY, _NAME = 127, 4096, 78, 12
 _THUMBNAIL_BYTES = 256 << 20
 WEB_USE = """\
@@ -42,8 +42,11 @@ from opening the page to the first result on the machine that exported it, `text
 query's. Let the host compress `.wasm`, `.onnx` and `.js` files (gzip, brotli). With the headers \
 `Cross-Origin-Opener-Policy: same-origin` and `Cross-Origin-Embedder-Policy: require-corp` several threads are used.
 
-The bundle prepares pictures as the student was trained on, whatever the browser. transformers.js' own image processor \
-resizes them as the browser's canvas does: `preprocess_cosine` is how far that is from the student."""
+The bundle prepares pictures as the student was trained on, to the bit and whatever the browser. transformers.js' own \
+image processor resizes them as the browser's canvas does, without a filter as wide as the reduction: \
+`preprocess_cosine` is how far that is from the student on the pictures of the proof, and on photographs much larger \
+than the student's input it falls below 0.98. Programs of your own can take `web/pixels.js` instead (`decoded`, \
+`fitted`, `normalised`), and give the vision model its tensor."""
 
 
 @dataclass(frozen=True)

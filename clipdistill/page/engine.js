@@ -11,7 +11,7 @@ env.localModelPath = new URL("./", import.meta.url).pathname;  // a whole addres
 env.useBrowserCache = false;  // a new bundle at this address must not meet the old one's towers; HTTP caches are asked
 env.useWasmCache = false;
 env.backends.onnx.wasm.wasmPaths = {
-  mjs: `${HERE}vendor/ort-wasm-simd-threaded.mjs`, wasm: `${HERE}vendor/ort-wasm-simd-threaded.wasm`,
+  mjs: `${HERE}vendor/ort-wasm-simd-threaded.js`, wasm: `${HERE}vendor/ort-wasm-simd-threaded.wasm`,
 };
 if (!globalThis.crossOriginIsolated) env.backends.onnx.wasm.numThreads = 1;  // no shared memory between threads
 
@@ -34,8 +34,8 @@ export async function open() {
   const facts = await fetched("bundle.json", "json", {cache: "no-cache"});
   const [keys, codes, scales, ...towers] = await Promise.all([
     fetched(`${facts.data}/keys.json`, "json"),
-    fetched(`${facts.data}/vectors.int8`, "arrayBuffer"),
-    fetched(`${facts.data}/scales.float32`, "arrayBuffer"),
+    fetched(`${facts.data}/vectors.bin`, "arrayBuffer"),
+    fetched(`${facts.data}/scales.bin`, "arrayBuffer"),
     ...loaded(facts),
   ]);
   return new Engine(facts, keys, new Int8Array(codes), new Float32Array(scales), towers);

@@ -58,7 +58,7 @@ def made(scripts, tmp_path_factory):
     student, folder = little.student("test_vit"), tmp_path_factory.mktemp("export") / "made"
     gallery = Gallery("tiny", tuple(pair.key for pair in PAIRS), student.encode_images(PICTURES), PICTURES, 48)
     report = export(
-        student, folder, ("onnx", "web"), ("fp32", "fp16", "int8"), probe=Probe.of(student, TEXTS, PICTURES),
+        student, folder, ("onnx", "web"), ("fp32", "int8"), probe=Probe.of(student, TEXTS, PICTURES),
         gallery=gallery,
     )  # fmt: skip
     return student, folder, report
@@ -183,7 +183,7 @@ def test_what_cannot_be_searched_is_said_and_the_next_search_works(page):
     assert page.is_hidden("#problem")
 
 
-@pytest.mark.parametrize("lost", ["vectors.int8", "text_model_quantized.onnx", "transformers.min.js"])
+@pytest.mark.parametrize("lost", ["vectors.bin", "text_model_quantized.onnx", "transformers.min.js"])
 def test_a_file_that_the_host_lacks_is_said(browser, host, lost):
     page = browser.new_page()
     page.route(f"**/{lost}", lambda route: route.fulfill(status=404, body="gone"))
@@ -268,7 +268,7 @@ def test_the_export_itself_is_what_transformers_js_loads(made, page):
       env.localModelPath = "/";
       const tokens = (await AutoTokenizer.from_pretrained("made"))([text, "a"], {padding: true, truncation: true});
       const found = {size: (await AutoImageProcessor.from_pretrained("made")).size};
-      for (const dtype of ["fp32", "fp16", "q8"]) {
+      for (const dtype of ["fp32", "q8"]) {
         const model = await CLIPTextModelWithProjection.from_pretrained("made", {dtype, device: "wasm"});
         found[dtype] = (await model(tokens)).text_embeds.tolist();
       }
@@ -276,7 +276,7 @@ def test_the_export_itself_is_what_transformers_js_loads(made, page):
     }"""
     found, wanted = page.evaluate(script, "a red bicycle"), student.encode_texts(["a red bicycle", "a"])
     assert found["size"] == {"shortest_edge": 32}
-    for dtype, bar in (("fp32", 0.99999), ("fp16", 0.9999), ("q8", 0.995)):
+    for dtype, bar in (("fp32", 0.99999), ("q8", 0.995)):
         assert (np.array(found[dtype]) * wanted).sum(axis=1).min() >= bar
     assert found["q8"] != found["fp32"]
 
@@ -296,7 +296,6 @@ def test_the_export_itself_is_what_transformers_js_loads(made, page):
             ".nothing.data",
             "transformers.js cannot load or run it: in Chromium: TypeErr",
         ),
-        ("engine.js", "most - 1", "most - 2", "has other token ids than the student for [12] of 17 texts"),
     ],
 )
 def test_a_bundle_that_embeds_otherwise_is_refused(made, tmp_path, module, was, now, message):
