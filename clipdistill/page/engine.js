@@ -66,7 +66,7 @@ class Engine {
   /** What is searched, in the service's words. */
   info() {
     const {name, dim, vectors} = this.#facts;
-    return {models: [{name, dim, vectors}]};
+    return {models: [{name, dim, vectors, pictures: this.#vision !== null}]};
   }
 
   /** The `k` nearest pictures of {text} or {blob}, in the service's words. */
