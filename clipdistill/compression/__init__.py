@@ -1,7 +1,27 @@
 """Making a finished student and its index smaller, and measuring what each step costs."""
 
-from clipdistill.compression.budget import Asked, BudgetRow, Sides, Step, budget_rows, encoded, exact_step, index_step
-from clipdistill.compression.choice import Candidate, Miss, choose, front, nearest, try_all
+from clipdistill.compression.budget import (
+    Asked,
+    BudgetRow,
+    Sides,
+    Step,
+    budget_rows,
+    exact_step,
+    index_step,
+    most_lost,
+)
+from clipdistill.compression.choice import (
+    Candidate,
+    Judge,
+    Miss,
+    Variant,
+    choose,
+    front,
+    keeping,
+    nearest,
+    try_all,
+)
+from clipdistill.compression.pruning import pruned
 from clipdistill.compression.truncation import Cut, cuts, halves
 
 __all__ = [
@@ -9,17 +29,21 @@ __all__ = [
     "BudgetRow",
     "Candidate",
     "Cut",
+    "Judge",
     "Miss",
     "Sides",
     "Step",
+    "Variant",
     "budget_rows",
     "choose",
     "cuts",
-    "encoded",
     "exact_step",
     "front",
     "halves",
     "index_step",
+    "keeping",
+    "most_lost",
     "nearest",
+    "pruned",
     "try_all",
 ]

@@ -1,26 +1,25 @@
 """The recall budget: what each step from the teacher's exact search to the shipped index costs.
 
 A budget is a list of steps. A step is embeddings of some sets, and the index they are searched through, if any; its row
-is a pure function of these. Whatever makes embeddings can be one: a cut, a quantised tower, an exported runtime
-(:func:`encoded` takes any :class:`~clipdistill.towers.encoder.Encoder`).
+is a pure function of these. Whatever makes embeddings can be one: a cut, a quantised tower, an exported runtime.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from clipdistill.data.records import Picture
 from clipdistill.retrieval import measures
 from clipdistill.retrieval.exact import Ids, Vectors, exact_top_k
 from clipdistill.retrieval.index import VectorIndex
 from clipdistill.retrieval.measures import Relevant, Values
-from clipdistill.towers.encoder import Encoder
 
 FLOAT_BYTES = 4
+Kind = Literal["teacher", "student", "pruned", "truncated", "quantised", "index", "runtime"]
+"""What a step changes, in the order in which the steps come."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,19 +57,25 @@ class Step:
     """One step.
 
     Attributes:
+        kind: What it changes.
         name: What it is.
         sides: The embeddings by the set's name.
         index: What they are searched through; its codebooks are kept and its rows replaced by each set's gallery. None
             = exact search.
         bytes_per_vector: What a vector of the gallery takes.
         megabytes: What the towers take, in 10^6 bytes; None where that is not known.
+        images_per_s: Pictures that its towers embed in a second; None where that was not timed.
+        texts_per_s: Texts that they embed in a second.
     """
 
+    kind: Kind
     name: str
     sides: Mapping[str, Sides]
     index: VectorIndex | None
     bytes_per_vector: float
     megabytes: float | None
+    images_per_s: float | None = None
+    texts_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ class BudgetRow:
 
     Attributes:
         set: The set's name.
+        kind: What the step changes.
         step: The step's name.
         k: The cut-off.
         success: success@k; None without ground truth, and so are all values but the overlap's.
@@ -92,11 +98,15 @@ class BudgetRow:
         lost: Success lost at this step: that of the step before minus this one's; negative = gained.
         bytes_per_vector: What a vector of the gallery takes.
         megabytes: What the towers take, in 10^6 bytes; None where that is not known.
+        images_per_s: Pictures a second; None where that was not timed. This and the next are the only values that
+            depend on how busy the machine is.
+        texts_per_s: Texts a second.
         queries: How many queries.
         gallery: Among how many vectors.
     """
 
     set: str
+    kind: Kind
     step: str
     k: int
     success: float | None
@@ -110,24 +120,21 @@ class BudgetRow:
     lost: float | None
     bytes_per_vector: float
     megabytes: float | None
+    images_per_s: float | None
+    texts_per_s: float | None
     queries: int
     gallery: int
 
 
-def exact_step(name: str, sides: Mapping[str, Sides], megabytes: float | None) -> Step:
+def exact_step(kind: Kind, name: str, sides: Mapping[str, Sides], megabytes: float | None) -> Step:
     """A step with exact search over float32 vectors."""
     width = next(iter(sides.values())).gallery.shape[1]
-    return Step(name, sides, None, float(width * FLOAT_BYTES), megabytes)
+    return Step(kind, name, sides, None, float(width * FLOAT_BYTES), megabytes)
 
 
-def index_step(name: str, sides: Mapping[str, Sides], index: VectorIndex, megabytes: float | None) -> Step:
+def index_step(kind: Kind, name: str, sides: Mapping[str, Sides], index: VectorIndex, megabytes: float | None) -> Step:
     """A step with search through an index; what a vector takes is measured on the index as it was built."""
-    return Step(name, sides, index, index.bytes_per_vector, megabytes)
-
-
-def encoded(encoder: Encoder, pictures: Sequence[Picture], texts: Sequence[str]) -> Sides:
-    """The embeddings of one set, texts asking for pictures, by any encoder."""
-    return Sides(encoder.encode_texts(texts), encoder.encode_images(pictures))
+    return Step(kind, name, sides, index, index.bytes_per_vector, megabytes)
 
 
 def ranking(step: Step, asked: Asked, k: int) -> Ids:
@@ -162,6 +169,7 @@ def budget_rows(steps: Sequence[Step], asked: Asked, k: int, *, seed: int = 0) -
         rows.append(
             BudgetRow(
                 set=asked.name,
+                kind=step.kind,
                 step=step.name,
                 k=k,
                 success=None if mine is None else _rounded(mine.mean()),
@@ -175,11 +183,19 @@ def budget_rows(steps: Sequence[Step], asked: Asked, k: int, *, seed: int = 0) -
                 lost=None if mine is None or before is None else _rounded(before.mean() - mine.mean()),
                 bytes_per_vector=round(step.bytes_per_vector, 3),
                 megabytes=None if step.megabytes is None else round(step.megabytes, 3),
+                images_per_s=step.images_per_s,
+                texts_per_s=step.texts_per_s,
                 queries=len(ids),
                 gallery=len(asked.keys),
             )
         )
     return rows
+
+
+def most_lost(rows: Sequence[BudgetRow]) -> BudgetRow | None:
+    """The row of the step at which a set lost the most success; None where nothing was lost."""
+    lossy = [row for row in rows if row.lost is not None and row.lost > 0]
+    return max(lossy, key=lambda row: row.lost or 0.0, default=None)
 
 
 def _share(mine: Values | None, whole: Values | None, seed: int) -> tuple[float | None, float | None, float | None]:

@@ -1,20 +1,42 @@
-"""The search over combinations of a width and an index: all are measured on ``val``, and the smallest is taken."""
+"""The search over combinations of channels, width, precision and index: the smallest that keeps a target is taken."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from clipdistill.compression.budget import Asked, Sides, Step, ranking, success_of
+from clipdistill.compression.budget import Asked, Sides, Step, index_step, ranking, success_of
 from clipdistill.compression.truncation import Cut
 from clipdistill.config import TargetConfig
 from clipdistill.core.errors import ConfigError, DataError
 from clipdistill.retrieval import measures
-from clipdistill.retrieval.exact import Vectors, exact_top_k
+from clipdistill.retrieval.exact import Ids, Vectors, exact_top_k
 from clipdistill.retrieval.index import VectorIndex
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Variant:
+    """One form of the student, uncut: its embeddings, and what it takes.
+
+    Attributes:
+        share: The share of its picture tower's channels that is kept.
+        precision: Of its graphs: ``fp32``, ``fp16`` or ``int8``.
+        cuts: The ways to narrow it.
+        sides: Its embeddings by the set's name.
+        gallery: Its embeddings of the rows that the shipped index holds: each index is trained and its bytes are
+            measured on them.
+        megabytes: What the towers take after a cut, in 10^6 bytes.
+    """
+
+    share: float
+    precision: str
+    cuts: tuple[Cut, ...]
+    sides: Mapping[str, Sides]
+    gallery: Vectors
+    megabytes: Callable[[Cut], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +52,8 @@ class Candidate:
         retention: Success divided by that of the target's whole: the teacher, or the uncompressed student.
         bytes_per_vector: What a vector takes in the index that would be shipped.
         megabytes: What the towers take, in 10^6 bytes.
+        share: The share of the picture tower's channels that is kept.
+        precision: Of the graphs.
     """
 
     dim: int
@@ -40,6 +64,8 @@ class Candidate:
     retention: float
     bytes_per_vector: float
     megabytes: float
+    share: float = 1.0
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,58 +93,82 @@ class Miss:
         return ", ".join(text for text, value in parts.items() if value > 0)
 
 
-def try_all(
-    cuts: Sequence[Cut],
-    factories: Sequence[str],
-    asked: Asked,
-    sides: Sides,
-    gallery: Vectors,
-    *,
-    k: int,
-    of: str,
-    megabytes: Callable[[Cut], float],
-) -> tuple[list[Candidate], list[str]]:
-    """Measure every combination of a cut and an index on one set.
+@dataclass(frozen=True, slots=True, eq=False)
+class Judge:
+    """What a combination is held against: one set, and the success that is the whole of its retention.
+
+    Attributes:
+        asked: The set.
+        k: The cut-off.
+        whole: The mean success@k of the target's whole.
+        teacher: The teacher's exact ranking: int64 [queries, k].
+    """
+
+    asked: Asked
+    k: int
+    whole: float
+    teacher: Ids
+
+    @staticmethod
+    def of(asked: Asked, whole: Sides, k: int) -> Judge:
+        """The judge of a set.
+
+        Args:
+            asked: The set, with ground truth.
+            whole: Whose success is kept: the teacher's embeddings, or the uncompressed student's.
+            k: The cut-off.
+
+        Raises:
+            DataError: If the set has no ground truth, or nothing of it is found by the whole.
+        """
+        teacher = exact_top_k(asked.teacher.queries, asked.teacher.gallery, k).ids
+        return Judge(asked, k, _whole(asked, whole, k), teacher)
+
+    def measure(self, step: Step) -> dict[str, float]:
+        """The measured values of a :class:`Candidate`, by their names."""
+        ids = ranking(step, self.asked, self.k)
+        success = _mean(success_of(self.asked, ids, self.k))
+        return {
+            "success": success,
+            "overlap": float(measures.overlap_at_k(ids, self.teacher, self.k).mean()),
+            "retention": success / self.whole,
+            "bytes_per_vector": round(step.bytes_per_vector, 3),
+            "megabytes": round(step.megabytes or 0.0, 3),
+        }
+
+
+def try_all(variants: Sequence[Variant], factories: Sequence[str], judge: Judge) -> tuple[list[Candidate], list[str]]:
+    """Measure every combination of a variant, a cut and an index on one set.
 
     Args:
-        cuts: The widths.
+        variants: The forms of the student, each with its cuts.
         factories: The factories; ``{parts}`` stands for half of the width.
-        asked: The set, with ground truth.
-        sides: The uncut student's embeddings of it.
-        gallery: The uncut embeddings that the shipped index holds: each index is trained and its bytes are measured on
-            them.
-        k: The cut-off.
-        of: ``teacher`` or ``student``: whose success is the whole of the retention.
-        megabytes: What the towers take after a cut.
+        judge: The set, and what is kept of it.
 
     Returns:
         What was measured, and a sentence for each combination that FAISS cannot make.
 
     Raises:
         ConfigError: If none can be made.
-        DataError: If the set has no ground truth, or nothing of it is found by the target's whole.
     """
     found: list[Candidate] = []
-    left_out: list[str] = []
-    whole = _whole(asked, asked.teacher if of == "teacher" else sides, k)
-    teacher = exact_top_k(asked.teacher.queries, asked.teacher.gallery, k).ids
-    for cut in cuts:
-        short, rows, size = Sides(cut.rows(sides.queries), cut.rows(sides.gallery)), cut.rows(gallery), megabytes(cut)
-        for factory in dict.fromkeys(resolved(factory, cut.dim) for factory in factories):
-            try:
-                index = VectorIndex.build(rows, _numbers(len(rows)), factory=factory, encoder="candidate")
-            except ConfigError as fault:
-                left_out.append(f"{cut.dim} {cut.rotation}, {fault}")
-                continue
-            step = Step(factory, {asked.name: short}, index, index.bytes_per_vector, size)
-            ids = ranking(step, asked, k)
-            success = _mean(success_of(asked, ids, k))
-            overlap = float(measures.overlap_at_k(ids, teacher, k).mean())
-            ends = (round(step.bytes_per_vector, 3), round(size, 3))
-            found.append(Candidate(cut.dim, cut.rotation, factory, success, overlap, success / whole, *ends))
+    left_out: dict[str, None] = {}  # whatever the variant, FAISS refuses for the width and the number of vectors
+    for variant in variants:
+        for cut in variant.cuts:
+            sides = {judge.asked.name: cut.sides(variant.sides[judge.asked.name])}
+            rows, size = cut.rows(variant.gallery), variant.megabytes(cut)
+            for factory in dict.fromkeys(resolved(factory, cut.dim) for factory in factories):
+                try:
+                    index = VectorIndex.build(rows, _numbers(len(rows)), factory=factory, encoder="candidate")
+                except ConfigError as fault:
+                    left_out[f"{cut.dim} {cut.rotation}, {fault}"] = None
+                    continue
+                values = judge.measure(index_step("index", factory, sides, index, size))
+                which = {"share": variant.share, "precision": variant.precision}
+                found.append(Candidate(cut.dim, cut.rotation, factory, **values, **which))  # type: ignore[arg-type]
     if not found:
         raise ConfigError(["compress.factories: none can be built", *left_out])
-    return found, left_out
+    return found, list(left_out)
 
 
 def resolved(factory: str, dim: int) -> str:
@@ -127,13 +177,17 @@ def resolved(factory: str, dim: int) -> str:
 
 
 def choose(candidates: Sequence[Candidate], target: TargetConfig) -> Candidate | None:
-    """The smallest combination that keeps a target; None where none does.
+    """The smallest combination that keeps a target; None where none does."""
+    return next(iter(keeping(candidates, target)), None)
+
+
+def keeping(candidates: Sequence[Candidate], target: TargetConfig) -> list[Candidate]:
+    """The combinations that keep a target, the smallest first.
 
     The smallest has the fewest bytes a vector, which grow with the collection; then the smallest towers; then the
     highest success.
     """
-    keeping = [one for one in candidates if _worst(_shortfalls(one, target), target) == 0]
-    return min(keeping, key=_size, default=None)
+    return sorted((one for one in candidates if _worst(_shortfalls(one, target), target) == 0), key=_size)
 
 
 def nearest(candidates: Sequence[Candidate], target: TargetConfig) -> Miss:

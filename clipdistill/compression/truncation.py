@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipdistill.compression.budget import Sides
 from clipdistill.core.errors import ConfigError
 from clipdistill.towers.encoder import Vectors
 from clipdistill.towers.matryoshka import principal_axes
@@ -38,6 +39,10 @@ class Cut:
             return vectors
         short = np.asarray(vectors, np.float64) @ self.axes.double().numpy()
         return np.asarray(short / np.linalg.norm(short, axis=1, keepdims=True).clip(min=1e-12), np.float32)
+
+    def sides(self, whole: Sides) -> Sides:
+        """The embeddings of a set, cut."""
+        return Sides(self.rows(whole.queries), self.rows(whole.gallery))
 
     def student(self, student: DualEncoder) -> DualEncoder:
         """A student that makes the cut embeddings itself; the student itself where nothing is cut.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from clipdistill.config.base import Above0, Positive, Section
+from pydantic import BeforeValidator
+
+from clipdistill.config.base import Above0, Positive, Section, as_names
+from clipdistill.config.export import Precision
 from clipdistill.config.student import Ratio
 
 
@@ -16,17 +19,25 @@ class TargetConfig(Section):
     of: Literal["teacher", "student"] = "teacher"
     """Whose success@k is the whole: the teacher's, or the uncompressed student's."""
     megabytes: Above0 | None = None
-    """The most that the towers may take, in 10^6 bytes of float32 weights; none = any."""
+    """The most that the towers may take, in 10^6 bytes: their ONNX graphs and the tokenizer on disk; none = any."""
     bytes_per_vector: Above0 | None = None
     """The most whole bytes that a vector of the index may take, with what is stored for rescoring; none = any."""
 
 
 class CompressConfig(Section):
-    """Which combinations of a width and an index are tried."""
+    """Which combinations of a share of channels, a width, a precision and an index are tried."""
 
     target: TargetConfig = TargetConfig()
     k: Positive = 10
     """The cut-off of success@k and overlap@k."""
+    prune: tuple[Ratio, ...] = ()
+    """The shares of its channels that a convolutional picture tower keeps, such as [1.0, 0.7]: each below 1 is pruned
+    and then trained for ``recovery_steps``, which takes minutes. Empty = it is not pruned."""
+    recovery_steps: Positive = 100
+    """How many steps a pruned picture tower is trained from the teacher's stored embeddings, with the run's own losses
+    and rates; the texts' tower stands still."""
+    precisions: Annotated[tuple[Precision, ...], BeforeValidator(as_names)] = ("fp32", "int8")
+    """Of the ONNX graphs that are shipped."""
     dims: tuple[Positive, ...] = ()
     """The widths, falling; empty = the student's own, and its halves down to 32."""
     rotations: tuple[Literal["leading", "pca"], ...] = ("leading", "pca")
@@ -44,3 +55,5 @@ class CompressConfig(Section):
         "Binary,Refine(SQ8)",
     )
     """FAISS factories, or ``Binary,Refine(...)``; ``{parts}`` stands for half of the width."""
+    speeds: bool = True
+    """Whether pictures and texts a second are measured at each step, in some seconds."""

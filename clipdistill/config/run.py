@@ -343,11 +343,30 @@ def _validated(raw: dict[str, Any], base: Path, checks: Sequence[Check], faults:
 
 
 def _compress_faults(config: RunConfig) -> Iterator[str]:
-    dims = config.compress.dims
+    compress, dims = config.compress, config.compress.dims
     if any(wide <= narrow for wide, narrow in pairwise(dims)):
         yield f"compress.dims: must fall, got {list(dims)}"
-    for key in ("factories", "rotations"):
-        if not getattr(config.compress, key):
+    for key in ("factories", "rotations", "precisions"):
+        if not getattr(compress, key):
             yield f"compress.{key}: nothing to try; name one or more, or leave it out"
+    for key in ("precisions", "prune"):
+        given = getattr(compress, key)
+        if len(set(given)) < len(given):
+            yield f"compress.{key}: a value is given twice: {', '.join(map(str, given))}"
     if config.student.image == "teacher" and dims:
         yield 'compress.dims: does not go with student.image = "teacher": the index is the teacher\'s; leave it out'
+    if any(share < 1 for share in compress.prune):
+        yield from _recovery_faults(config)
+
+
+def _recovery_faults(config: RunConfig) -> Iterator[str]:
+    """What a pruned picture tower could not recover with."""
+    if config.student.image == "teacher":
+        yield 'compress.prune: does not go with student.image = "teacher": there is no picture tower; leave it out'
+    if config.train.mode != "cached":
+        yield (
+            "compress.prune: a pruned tower recovers from the training rows' stored embeddings, which train.mode = "
+            f'"{config.train.mode}" does not have; leave it out'
+        )
+    if not config.train.batch + config.train.batch_images:
+        yield "compress.prune: a pruned tower recovers on pictures, and train.batch and train.batch_images are 0"

@@ -1,77 +1,90 @@
-"""The compression stage: the smallest width and index that keep a target, chosen on ``val`` and measured elsewhere."""
+"""The compression stage: the smallest combination that keeps a target, chosen on ``val`` and measured elsewhere too."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
-
-import numpy as np
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from clipdistill.cache import AnyCache
 from clipdistill.compression import (
-    Asked,
+    BudgetRow,
     Candidate,
     Cut,
+    Judge,
     Sides,
     Step,
+    Variant,
     budget_rows,
-    choose,
-    cuts,
     exact_step,
     front,
-    halves,
     index_step,
+    most_lost,
     nearest,
     try_all,
 )
 from clipdistill.compression.truncation import WHOLE
 from clipdistill.config import RunConfig, evaluation_sets
 from clipdistill.core import files, fingerprint, manifest
-from clipdistill.core.errors import ConfigError, DataError, ParityError
-from clipdistill.data.records import Pair
-from clipdistill.evaluation import judged
-from clipdistill.retrieval.exact import Vectors
+from clipdistill.core.errors import ConfigError
 from clipdistill.retrieval.index import VectorIndex
-from clipdistill.search import QuerySide
-from clipdistill.stages.index import indexed_pairs
+from clipdistill.stages.compress_forms import Form, check_forms, forms, runtime
+from clipdistill.stages.compress_rows import VAL, Rows, asking
+from clipdistill.stages.compress_shipped import Attempt, Shipped, Shipping, attempts, shown, timed
 from clipdistill.stages.inputs import RunData
 from clipdistill.stages.teachers import WholeTeacher
+from clipdistill.stages.train import loss_weights
 from clipdistill.stages.workspace import Workspace
+from clipdistill.towers.encoder import Encoder
 from clipdistill.towers.student import DualEncoder
 from clipdistill.towers.teacher import Teacher
 
-SCHEMA = "clipdistill.recall-budget/1"
-VAL = "val"
-LEAST_COSINE = 0.9999
-_FITTED = 4096
-_PROBED = 64
+SCHEMA = "clipdistill.recall-budget/2"
+_CARD = {"probes", "licence", "teacher_licence", "data_licence"}
 _log = logging.getLogger("clipdistill")
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Material:
-    """What every combination is made from.
+class _Search:
+    """What a search found.
 
     Attributes:
-        asked: The sets by name, ``val`` first.
-        sides: The whole student's embeddings of them.
-        keys: The names of the rows of the shipped index.
-        gallery: The whole embeddings of these rows.
-        cuts: The ways to narrow.
-        encoder: The fingerprint that an index of uncut vectors carries.
-        probe: Rows of ``val`` that a narrower student is compared on.
+        rows: What is embedded.
+        student: The uncompressed student.
+        teacher: The live teacher; None where its embeddings alone are given.
+        whole: The uncompressed student's embeddings by the set's name.
+        candidates: All combinations.
+        left_out: A sentence for each that cannot be made.
+        attempts: The combinations that were exported.
+        one: The one that is told.
+        form: The form of the student that it is of.
+        cut: How it is narrowed.
+        shipped: It, as it is shipped.
+        index: Its index.
     """
 
-    asked: Mapping[str, Asked]
-    sides: Mapping[str, Sides]
-    keys: tuple[str, ...]
-    gallery: Vectors
-    cuts: tuple[Cut, ...]
-    encoder: str
-    probe: tuple[Pair, ...]
+    rows: Rows
+    student: DualEncoder
+    teacher: WholeTeacher | None
+    whole: Mapping[str, Sides]
+    candidates: Sequence[Candidate]
+    left_out: Sequence[str]
+    attempts: Sequence[Attempt]
+    one: Candidate
+    form: Form
+    cut: Cut
+    shipped: Shipped
+    index: VectorIndex
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is kept."""
+        return self.attempts[-1].met
 
 
 def compress(
@@ -85,39 +98,43 @@ def compress(
 ) -> dict[str, Any]:
     """Search the smallest combination that keeps ``compress.target``, and write ``compressed/`` with its recall budget.
 
-    Where the target is kept, the folder holds the narrower ``student`` and its ``index``; ``budget.json`` in any case.
+    A combination is a share of the picture tower's channels, a width, a precision of the graphs and an index. All are
+    measured on ``val``; the smallest that keeps the target is then really exported, and has to keep it once more as the
+    runtime embeds it. Where one does, the folder holds that ``export``, its ``index`` (of what the runtime embeds) and
+    the ``student`` that it was made from in PyTorch; ``budget.json`` in any case.
+
+    Megabytes are of the towers: what the runtime loads of an export, as it lies on disk (the graphs of one precision
+    and the tokenizer). Of the teacher, and of the steps that PyTorch embeds, they are the weights in float32.
 
     Args:
         workspace: The run.
         data: Its rows.
         cache: The teacher's embeddings of the sets.
         student: The finished student.
-        teacher: The live teacher, for its size; None where its embeddings alone are given.
-        force: Do it again.
+        teacher: The live teacher, for its size and speed; None where its embeddings alone are given.
+        force: Do it again; what pruned students learnt is kept where it is of the same inputs.
 
     Returns:
-        The budget as plain values: schema ``clipdistill.recall-budget/1``.
+        The budget as plain values: schema ``clipdistill.recall-budget/2``.
 
     Raises:
-        ConfigError: If there is nothing to choose on or to compress.
+        ConfigError: If there is nothing to choose on or to compress, or the picture tower cannot be pruned.
         DataError: If a set has no texts to ask with, or nothing of ``val`` is found even uncompressed.
-        ParityError: If the narrower student does not make the vectors that were measured.
+        MissingExtraError: If a library is missing that writes graphs, or prunes.
+        ParityError: If no combination can be exported.
     """
     config = workspace.config
     _check(config, data)
-    made_from = {
-        "student": student.fingerprint,
-        "teacher cache": cache.fingerprint,
-        "data": data.fingerprint,
-        "compress": fingerprint.of_value(
-            [config.compress.model_dump(mode="json"), list(config.index.sets), list(evaluation_sets(config))]
-        ),
-    }
+    check_forms(config, student)
+    made_from = _made_from(config, data, cache, student)
     if workspace.is_done("compress", made_from, workspace.compressed, force=force):
         return dict(files.read_json(workspace.budget_json))
-    found = _material(workspace, data, cache, student)
-    budget = _search(config, found, student, teacher)
-    _save(workspace, budget, found, student)
+    with tempfile.TemporaryDirectory(prefix="clipdistill-") as scratch:
+        rows = Rows.of(workspace, data, cache, student)
+        made, refused = forms(workspace, rows, student, Path(scratch))
+        found = _search(config, rows, made, refused, student, teacher, Path(scratch))
+        budget = _budget(config, found, made)
+        _save(workspace, budget, found)
     workspace.mark_done("compress", made_from)
     return budget
 
@@ -132,198 +149,186 @@ def _check(config: RunConfig, data: RunData) -> None:
             raise ConfigError(f"evaluate.sets: the set {name!r} has no rows; give data.test or data.hold_out.test")
 
 
-def _material(workspace: Workspace, data: RunData, cache: AnyCache, student: DualEncoder) -> _Material:
-    config = workspace.config
-    names = dict.fromkeys((VAL, *evaluation_sets(config)))
-    pairs = indexed_pairs(workspace, data)
-    keys = tuple(pair.key for pair in pairs)
-    asked = {name: _asked(name, data.sets[name].pairs, cache) for name in names}
-    images = _Images(student, cache)
-    sides = {name: Sides(_texts(student, data.sets[name].pairs), images.of(data.sets[name].pairs)) for name in names}
-    gallery = images.of(pairs)
-    ways: tuple[Cut, ...]
-    if student.searches is not None:
-        encoder, ways = student.searches.fingerprint, (Cut(gallery.shape[1], WHOLE),)
-    else:
-        dims = config.compress.dims or halves(student.dim)
-        fitted = _fitted(student, data, images) if any(dim < student.dim for dim in dims) else gallery
-        encoder, ways = student.fingerprint, tuple(cuts(dims, config.compress.rotations, fitted))
-    return _Material(asked, sides, keys, gallery, ways, encoder, data.sets[VAL].pairs[:_PROBED])
+def _made_from(config: RunConfig, data: RunData, cache: AnyCache, student: DualEncoder) -> dict[str, Any]:
+    rules = config.compress
+    recovery = [dataclasses.asdict(loss_weights(config.loss)), config.train.model_dump(mode="json"), config.seed]
+    parts = [rules.model_dump(mode="json"), list(config.index.sets), list(evaluation_sets(config))]
+    return {
+        "student": student.fingerprint,
+        "teacher cache": cache.fingerprint,
+        "data": data.fingerprint,
+        "compress": fingerprint.of_value(parts),
+        "export": fingerprint.of_value(config.export.model_dump(mode="json", include=_CARD)),
+        **({"recovery": fingerprint.of_value(recovery)} if any(share < 1 for share in rules.prune) else {}),
+    }
 
 
-class _Images:
-    """The embeddings of pictures, each embedded once."""
-
-    def __init__(self, student: DualEncoder, cache: AnyCache) -> None:
-        self._student, self._cache = student, cache
-        self._rows: dict[str, Vectors] = {}
-
-    def of(self, pairs: Sequence[Pair]) -> Vectors:
-        """Those of the pairs that have a picture: unit rows in the pairs' order."""
-        shown = [pair for pair in pairs if pair.picture is not None]
-        missing = [pair for pair in shown if pair.key not in self._rows]
-        if self._student.searches is not None:
-            vectors = self._cache.image_rows([pair.key for pair in missing])
-        else:
-            vectors = self._student.encode_images([pair.picture for pair in missing if pair.picture is not None])
-        self._rows |= {pair.key: row for pair, row in zip(missing, vectors, strict=True)}
-        if not shown:
-            raise DataError("index.sets: hold no pictures to index")
-        return np.stack([self._rows[pair.key] for pair in shown]).astype(np.float32, copy=False)
-
-
-def _asked(name: str, pairs: tuple[Pair, ...], cache: AnyCache) -> Asked:
-    """A set's texts that have an answer asking for its pictures."""
-    rows = judged(name, pairs)
-    places = _places(pairs)
-    if not places or not rows.keys:
-        raise DataError(f"{name}: no picture has a caption; the recall budget is measured from texts to pictures")
-    texts = [rows.texts[place] for place in places]
-    teacher = Sides(cache.text_rows(texts), cache.image_rows(rows.keys))
-    return Asked(name, rows.keys, tuple(rows.relevant_pictures[place] for place in places), teacher)
-
-
-def _places(pairs: tuple[Pair, ...]) -> list[int]:
-    return [place for place, answers in enumerate(judged("", pairs).relevant_pictures) if answers]
-
-
-def _texts(student: DualEncoder, pairs: tuple[Pair, ...]) -> Vectors:
-    rows = judged("", pairs)
-    encoder = student if student.searches is None else QuerySide(student)
-    return encoder.encode_texts([rows.texts[place] for place in _places(pairs)])
-
-
-def _fitted(student: DualEncoder, data: RunData, images: _Images) -> Vectors:
-    """The embeddings whose principal axes are taken: of training pictures and of their texts, evenly spread."""
-    pairs = data.sets["train"].pairs if "train" in data.sets else ()
-    rows = [*(pair for pair in pairs if pair.picture is not None), *data.images]
-    if not rows:
-        raise DataError('compress.rotations: "pca" needs training pictures; give data.train, or set ["leading"]')
-    texts = list(dict.fromkeys(text for pair in pairs for text in pair.captions)) or list(data.texts)
-    return np.concatenate([images.of(_spread(rows)), student.encode_texts(_spread(texts))])
-
-
-def _spread(rows: Sequence[Row]) -> list[Row]:
-    step = max(1, -(-len(rows) // _FITTED))
-    return list(rows[::step])
-
-
-def _search(config: RunConfig, found: _Material, student: DualEncoder, teacher: WholeTeacher | None) -> dict[str, Any]:
-    """Try all on ``val``, choose, and measure the choice and the front on every set."""
-    rules, val = config.compress, found.asked[VAL]
-    sizes = {id(cut): _megabytes(cut.student(student)) for cut in found.cuts}
-    candidates, left_out = try_all(
-        found.cuts,
-        rules.factories,
-        val,
-        found.sides[VAL],
-        found.gallery,
-        k=rules.k,
-        of=rules.target.of,
-        megabytes=lambda cut: sizes[id(cut)],
-    )
-    chosen = choose(candidates, rules.target)
-    miss = None if chosen else nearest(candidates, rules.target)
-    shown = chosen or (miss.candidate if miss else candidates[0])
+def _search(
+    config: RunConfig,
+    rows: Rows,
+    made: Sequence[Form],
+    refused: Sequence[str],
+    student: DualEncoder,
+    teacher: WholeTeacher | None,
+    scratch: Path,
+) -> _Search:
+    """Try all on ``val``, and export what seems smallest."""
+    rules = config.compress
+    whole = next((form.sides for form in made if form.share == 1), None) or rows.embedded(asking(student))[0]
+    judge = Judge.of(rows.asked[VAL], rows.asked[VAL].teacher if rules.target.of == "teacher" else whole[VAL], rules.k)
+    variants = [variant for form in made for variant in form.variants.values()]
+    candidates, left_out = try_all(variants, rules.factories, judge)
     for reason in left_out:
         _log.warning("left out: %s", reason)
-    steps = _steps(found, shown, student, teacher)
+    shipping = Shipping(config, rows, made, scratch)
+    tried = attempts(shipping, candidates, judge, rules.target)
+    one = shown(tried, rules.target)
+    shipped = shipping.ship(one)
+    return _Search(
+        rows=rows,
+        student=student,
+        teacher=teacher,
+        whole=whole,
+        candidates=candidates,
+        left_out=[*refused, *left_out],
+        attempts=tried,
+        one=one,
+        form=shipping.form(one),
+        cut=shipping.cut(one),
+        shipped=shipped,
+        index=shipped.index(rows.keys, one.factory),
+    )
+
+
+def _budget(config: RunConfig, found: _Search, made: Sequence[Form]) -> dict[str, Any]:
+    rules = config.compress
+    steps = _steps(found)
+    if rules.speeds:
+        steps = _timed(found, steps)
+    sets = {name: budget_rows(steps, asked, rules.k) for name, asked in found.rows.asked.items()}
     return {
         "schema": SCHEMA,
-        "student_fingerprint": student.fingerprint,
+        "student_fingerprint": found.student.fingerprint,
         "k": rules.k,
         "target": rules.target.model_dump(mode="json"),
-        "met": chosen is not None,
-        "chosen": asdict(shown),
-        "missed": None if miss is None else {**asdict(miss), "says": str(miss)},
-        "candidates": [asdict(one) for one in candidates],
-        "left_out": left_out,
-        "rows": [asdict(row) for one in found.asked.values() for row in budget_rows(steps, one, rules.k)],
-        "curve": _curve(found, candidates, rules.k),
-        "vectors": len(found.keys),
+        "met": found.met,
+        "chosen": asdict(found.one),
+        "missed": None if found.met else _missed(found, config),
+        "attempts": [asdict(one) for one in found.attempts],
+        "candidates": [asdict(one) for one in found.candidates],
+        "left_out": list(found.left_out),
+        "rows": [asdict(row) for rows in sets.values() for row in rows],
+        "most_lost": {name: _loss(most_lost(rows)) for name, rows in sets.items()},
+        "curve": _curve(found, made, rules.k),
+        "vectors": len(found.rows.keys),
         "libraries": manifest.libraries(),
     }
+
+
+def _missed(found: _Search, config: RunConfig) -> dict[str, Any]:
+    miss = nearest([found.one], config.compress.target)
+    return {**asdict(miss), "says": str(miss)}
+
+
+def _loss(row: BudgetRow | None) -> dict[str, Any] | None:
+    return None if row is None else {"kind": row.kind, "step": row.step, "lost": row.lost}
+
+
+def _steps(found: _Search) -> list[Step]:
+    """From the teacher's exact search to the exported runtime; a step that changes nothing is left out."""
+    one, form, cut, names = found.one, found.form, found.cut, found.rows.asked
+    variant, size = form.variants[one.precision], found.shipped.megabytes
+    teacher = {name: asked.teacher for name, asked in names.items()}
+    steps = [
+        exact_step("teacher", "teacher, exact search", teacher, _teacher_megabytes(found.teacher, found.student)),
+        exact_step("student", "student, exact search", found.whole, _megabytes(found.student)),
+    ]
+    if form.share < 1:
+        name = f"pruned to {form.share:.0%} of the channels"
+        steps.append(exact_step("pruned", name, form.sides, _megabytes(form.student)))
+    if cut.rotation != WHOLE:
+        short = _cut(form.sides, cut)
+        steps.append(exact_step("truncated", _width(cut), short, _megabytes(found.shipped.student)))
+    short = _cut(variant.sides, cut)
+    if one.precision != "fp32":
+        steps.append(exact_step("quantised", f"{one.precision} graphs", short, size))
+    index = _index(found.rows, variant, cut, one.factory)
+    return [*steps, index_step("index", f"index {index.factory}", short, index, size), found.shipped.step(found.index)]
+
+
+def _width(cut: Cut) -> str:
+    return f"cut to {cut.dim} ({cut.rotation})"
+
+
+def _cut(sides: Mapping[str, Sides], cut: Cut) -> dict[str, Sides]:
+    return {name: cut.sides(side) for name, side in sides.items()}
+
+
+def _index(rows: Rows, variant: Variant, cut: Cut, factory: str) -> VectorIndex:
+    return VectorIndex.build(cut.rows(variant.gallery), rows.keys, factory=factory, encoder="candidate")
 
 
 def _megabytes(model: DualEncoder) -> float:
     return model.parameters * 4 / 1e6
 
 
-def _steps(found: _Material, shown: Candidate, student: DualEncoder, teacher: WholeTeacher | None) -> list[Step]:
-    """From the teacher's exact search to the combination's index."""
-    whole, cut = _megabytes(student), _cut_of(found, shown)
-    steps = [
-        exact_step(
-            "teacher, exact search", {name: one.teacher for name, one in found.asked.items()}, _size(teacher, student)
-        ),
-        exact_step("student, exact search", found.sides, whole),
-    ]
-    short = _shortened(found, cut)
-    if cut.rotation != WHOLE:
-        steps.append(exact_step(f"cut to {cut.dim} ({cut.rotation})", short, shown.megabytes))
-    index = _index(found, shown, "candidate")
-    return [*steps, index_step(f"index {index.factory}", short, index, shown.megabytes)]
-
-
-def _size(teacher: WholeTeacher | None, student: DualEncoder) -> float | None:
-    """The teacher's megabytes: of its text tower alone where the student has no other."""
+def _teacher_megabytes(teacher: WholeTeacher | None, student: DualEncoder) -> float | None:
+    """The teacher's float32 weights: of its text tower alone where the student has no other."""
     if teacher is None:
         return None
     spared = teacher.picture_parameters if student.searches is not None and isinstance(teacher, Teacher) else 0
     return (teacher.parameters - spared) * 4 / 1e6
 
 
-def _cut_of(found: _Material, one: Candidate) -> Cut:
-    return next(cut for cut in found.cuts if (cut.dim, cut.rotation) == (one.dim, one.rotation))
+def _timed(found: _Search, steps: Sequence[Step]) -> list[Step]:
+    """The steps with their towers' speeds; a search in an index is no tower's work."""
+    encoders: dict[str, Encoder] = {} if found.teacher is None else {"teacher": found.teacher}
+    encoders |= {"student": asking(found.student), "pruned": asking(found.form.student)}
+    encoders |= {"truncated": asking(found.shipped.student), "runtime": found.shipped.encoder}
+    encoders["quantised"] = runtime(found.form.exports[found.one.precision], found.one.precision)
+    kinds = {step.kind for step in steps}
+    rates = timed(found.rows, {kind: encoder for kind, encoder in encoders.items() if kind in kinds})
+    return [
+        replace(
+            step,
+            images_per_s=None if found.rows.stored else round(rates[step.kind].images_per_s, 1),
+            texts_per_s=round(rates[step.kind].texts_per_s, 1),
+        )
+        if step.kind in rates
+        else step
+        for step in steps
+    ]
 
 
-def _shortened(found: _Material, cut: Cut) -> dict[str, Sides]:
-    return {name: Sides(cut.rows(side.queries), cut.rows(side.gallery)) for name, side in found.sides.items()}
+def _curve(found: _Search, made: Sequence[Form], k: int) -> list[dict[str, Any]]:
+    """Retention of the teacher's success against bytes a vector, on every set, for each precision.
 
-
-def _index(found: _Material, one: Candidate, encoder: str) -> VectorIndex:
-    rows = _cut_of(found, one).rows(found.gallery)
-    return VectorIndex.build(rows, found.keys, factory=one.factory, encoder=encoder)
-
-
-def _curve(found: _Material, candidates: Sequence[Candidate], k: int) -> list[dict[str, Any]]:
-    """Retention of the teacher's success against bytes a vector, of the combinations that none beats on ``val``."""
+    Of each precision those combinations are taken that no other of it beats on ``val``.
+    """
     points = []
-    for one in front(candidates):
-        short, index = _shortened(found, _cut_of(found, one)), _index(found, one, "candidate")
-        for name, asked in found.asked.items():
-            first = exact_step("teacher", {name: asked.teacher}, None)
-            row = budget_rows([first, index_step(one.factory, short, index, one.megabytes)], asked, k)[1]
-            ends = {key: getattr(row, key) for key in ("success", "retention", "retention_low", "retention_high")}
-            points.append({**asdict(one), "set": name, "overlap": row.overlap, **ends})
+    by_share = {form.share: form for form in made}
+    for precision in dict.fromkeys(one.precision for one in found.candidates):
+        for one in front([one for one in found.candidates if one.precision == precision]):
+            variant = by_share[one.share].variants[precision]
+            cut = next(cut for cut in variant.cuts if (cut.dim, cut.rotation) == (one.dim, one.rotation))
+            sides, index = _cut(variant.sides, cut), _index(found.rows, variant, cut, one.factory)
+            step = index_step("index", one.factory, sides, index, one.megabytes)
+            points += [_point(one, step, name, found, k) for name in found.rows.asked]
     return points
 
 
-def _save(workspace: Workspace, budget: dict[str, Any], found: _Material, student: DualEncoder) -> None:
+def _point(one: Candidate, step: Step, name: str, found: _Search, k: int) -> dict[str, Any]:
+    asked = found.rows.asked[name]
+    row = budget_rows([exact_step("teacher", "teacher", {name: asked.teacher}, None), step], asked, k)[1]
+    ends = {key: getattr(row, key) for key in ("success", "retention", "retention_low", "retention_high")}
+    return {**asdict(one), "set": name, "overlap": row.overlap, **ends}
+
+
+def _save(workspace: Workspace, budget: Mapping[str, Any], found: _Search) -> None:
     with files.replaced_folder(workspace.compressed) as aside:
-        if budget["met"]:
-            chosen = Candidate(**budget["chosen"])
-            small = _cut_of(found, chosen).student(student)
-            _check_parity(small, found, _cut_of(found, chosen))
-            encoder = found.encoder if small is student else small.fingerprint
-            small.save(aside / "student", {"compressed_from": student.fingerprint})
-            _index(found, chosen, encoder).save(aside / "index")
+        if found.met:
+            made_from = {"compressed_from": found.student.fingerprint}
+            found.shipped.student.save(aside / "student", made_from)
+            found.index.save(aside / "index")
+            shutil.copytree(found.shipped.folder, aside / "export")
         files.write_json(aside / workspace.budget_json.name, budget)
-
-
-def _check_parity(small: DualEncoder, found: _Material, cut: Cut) -> None:
-    """The saved student has to make the vectors that were measured: its last layers may not be what was assumed."""
-    if cut.rotation == WHOLE:
-        return
-    rows, whole = judged(VAL, found.probe), found.gallery.shape[1]
-    made = {
-        "text": (small.encode_texts([rows.texts[place] for place in _places(found.probe)]), found.sides[VAL].queries),
-        "picture": (small.encode_images(rows.pictures), found.sides[VAL].gallery),
-    }
-    for side, (own, measured) in made.items():
-        worst = float(np.einsum("nd,nd->n", own, cut.rows(measured[: len(own)])).min())
-        if worst < LEAST_COSINE:
-            raise ParityError(
-                f"compressed student: the worst {side} embedding has a cosine of {worst:.6f} with the one that was "
-                f"measured, needed {LEAST_COSINE}: its last layers cannot be cut. Set compress.dims=[{whole}]"
-            )

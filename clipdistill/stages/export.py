@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def export_run(workspace: Workspace, to: Path | None = None) -> ExportReport:
         config.export.layouts,
         config.export.precisions,
         probe=probe,
-        facts=_facts(workspace, student),
+        facts=card_facts(config, _report(workspace, student)),
         index=_index(workspace),
         pairs=indexed_pairs(workspace, data),
         gallery=_web_gallery(workspace, data, student, searched) if searched else None,
@@ -138,12 +138,14 @@ def _index(workspace: Workspace) -> Path | None:
     return workspace.index
 
 
-def _facts(workspace: Workspace, student: DualEncoder) -> CardFacts:
-    config = workspace.config
-    report: dict[str, Any] = {}
-    if workspace.report_json.exists():
-        found = files.read_json(workspace.report_json)
-        report = found if found.get("student_fingerprint") == student.fingerprint else {}
+def card_facts(config: RunConfig, report: Mapping[str, Any] | None = None) -> CardFacts:
+    """What the model card says beside what is measured.
+
+    Args:
+        config: The run's configuration.
+        report: The report of the student that is exported; None where it was not evaluated.
+    """
+    report = report or {}
     teacher = report.get("sizes", {}).get("teacher", {}).get("name") or config.teacher.model
     return CardFacts(
         name=config.name,
@@ -153,3 +155,10 @@ def _facts(workspace: Workspace, student: DualEncoder) -> CardFacts:
         data_licence=config.export.data_licence,
         report=report,
     )
+
+
+def _report(workspace: Workspace, student: DualEncoder) -> dict[str, Any] | None:
+    if not workspace.report_json.exists():
+        return None
+    found: dict[str, Any] = files.read_json(workspace.report_json)
+    return found if found.get("student_fingerprint") == student.fingerprint else None

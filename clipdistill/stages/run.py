@@ -8,7 +8,7 @@ from clipdistill.core import files
 from clipdistill.core.errors import DataError
 from clipdistill.report.html import write_report
 from clipdistill.stages.blocks import check_blocks
-from clipdistill.stages.compress import compress
+from clipdistill.stages.compress import SCHEMA, compress
 from clipdistill.stages.evaluate import evaluate
 from clipdistill.stages.index import build_index
 from clipdistill.stages.inputs import RunData, load_data, open_cache
@@ -79,7 +79,7 @@ def run_all(workspace: Workspace, *, force: bool = False) -> dict[str, Any]:
         for stage in (*STAGES, "compress"):
             workspace.note(stage).unlink(missing_ok=True)
         made = (workspace.training, workspace.student, workspace.combined, workspace.mutual, workspace.index)
-        for path in (*made, workspace.compressed, workspace.folder / "cache"):
+        for path in (*made, workspace.compressed, workspace.recovery, workspace.folder / "cache"):
             _remove(path)
     return run(workspace)
 
@@ -104,7 +104,8 @@ def _budget(workspace: Workspace, report: dict[str, Any]) -> dict[str, Any] | No
     if not workspace.budget_json.exists():
         return None
     budget = dict(files.read_json(workspace.budget_json))
-    return budget if budget["student_fingerprint"] == report.get("student_fingerprint") else None
+    same = budget["student_fingerprint"] == report.get("student_fingerprint")
+    return budget if same and budget["schema"] == SCHEMA else None
 
 
 def _best(workspace: Workspace) -> dict[str, Any]:

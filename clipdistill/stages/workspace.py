@@ -72,8 +72,13 @@ class Workspace:
 
     @property
     def compressed(self) -> Path:
-        """The smallest student and index that keep the target, with the recall budget."""
+        """The smallest student, its export and its index that keep the target, with the recall budget."""
         return self.folder / "compressed"
+
+    @property
+    def recovery(self) -> Path:
+        """The trainings of pruned students that compression tries, each in a folder of its own."""
+        return self.folder / "recovery"
 
     @property
     def budget_json(self) -> Path:

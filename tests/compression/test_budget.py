@@ -8,7 +8,9 @@ from compression.made import DIM, GALLERY, QUERIES, asked, sides, slow_success, 
 
 from clipdistill.compression import (
     Candidate,
+    Judge,
     Sides,
+    Variant,
     budget_rows,
     choose,
     cuts,
@@ -54,10 +56,10 @@ def test_the_rows_say_where_success_is_lost():
     short = {"val": Sides(unit(student.queries[:, :8]), unit(student.gallery[:, :8]))}
     index = VectorIndex.build(short["val"].gallery, one.keys, factory="SQ4", encoder="e")
     steps = [
-        exact_step("teacher", {"val": one.teacher}, 100.0),
-        exact_step("student", {"val": student}, 10.0),
-        exact_step("cut", short, 9.0),
-        index_step("index", short, index, 9.0),
+        exact_step("teacher", "teacher", {"val": one.teacher}, 100.0),
+        exact_step("student", "student", {"val": student}, 10.0),
+        exact_step("truncated", "cut", short, 9.0),
+        index_step("index", "index", short, index, 9.0),
     ]
     rows = budget_rows(steps, one, 3)
     wanted = [slow_success(part.queries, part.gallery, 3) for part in (one.teacher, student, short["val"])]
@@ -77,7 +79,12 @@ def test_without_ground_truth_the_overlap_is_left():
     one = asked()
     bare = type(one)(one.name, one.keys, None, one.teacher)
     row = budget_rows(
-        [exact_step("t", {"val": one.teacher}, None), exact_step("s", {"val": sides(noise=1)}, None)], bare, 5
+        [
+            exact_step("teacher", "t", {"val": one.teacher}, None),
+            exact_step("student", "s", {"val": sides(noise=1)}, None),
+        ],
+        bare,
+        5,
     )[1]
     assert (row.success, row.retention, row.kept, row.lost, row.megabytes) == (None,) * 5
     assert 0 < row.overlap < 1
@@ -86,12 +93,17 @@ def test_without_ground_truth_the_overlap_is_left():
 def tried(of="teacher", factories=("Flat", "SQ8", "PQ{parts}x4fs", "RaBitQ", "PQ7x4fs")):
     student = sides(noise=0.3)
     ways = cuts((64, 32, 16), ("leading", "pca"), student.gallery)
-    return try_all(ways, factories, asked(), student, student.gallery, k=3, of=of, megabytes=lambda cut: cut.dim / 8)
+    whole = Variant(1.0, "fp32", tuple(ways), {"val": student}, student.gallery, lambda cut: cut.dim / 8)
+    coarse = Sides(*(np.round(part * 24) / 24 for part in (student.queries, student.gallery)))  # hardly any bits
+    coarse = Sides(unit(coarse.queries), unit(coarse.gallery))
+    small = Variant(1.0, "int8", tuple(ways), {"val": coarse}, coarse.gallery, lambda cut: cut.dim / 32)
+    judge = Judge.of(asked(), asked().teacher if of == "teacher" else student, 3)
+    return try_all([whole, small], factories, judge)
 
 
 def test_all_combinations_are_measured_and_what_cannot_be_made_is_told():
     found, left_out = tried()
-    assert len(found) == 5 * 4
+    assert len(found) == 2 * 5 * 4
     assert len(left_out) == 5
     assert all("PQ7x4fs" in reason for reason in left_out)
     flat = next(one for one in found if (one.dim, one.factory) == (64, "Flat"))

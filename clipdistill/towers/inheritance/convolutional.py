@@ -59,7 +59,13 @@ def pruning_faults(visual: nn.Module) -> Iterator[str]:
 
 
 def prune_channels(
-    visual: nn.Module, share: float, pixels: Tensor, *, importance: Importance = "magnitude", seed: int = 0
+    visual: nn.Module,
+    share: float,
+    pixels: Tensor,
+    *,
+    importance: Importance = "magnitude",
+    seed: int = 0,
+    section: str = "student.prune",
 ) -> None:
     """Prune a convolutional picture tower to a share of its channels and count its batch norms' statistics anew.
 
@@ -72,6 +78,7 @@ def prune_channels(
         pixels: Calibration pictures, float32 [pictures, 3, height, width], as the tower takes them; at least 2.
         importance: By what the channels are chosen.
         seed: Decides ``taylor``'s random signs.
+        section: Where the configuration asks for it, for messages.
 
     Raises:
         ConfigError: If the share is out of range, or the tower is of a kind that cannot be pruned.
@@ -79,10 +86,10 @@ def prune_channels(
         MissingExtraError: If torch-pruning is not installed.
     """
     if not 0 < share <= 1:
-        raise ConfigError(f"student.prune: must be a share above 0 and up to 1, got {share}")
+        raise ConfigError(f"{section}: must be a share above 0 and up to 1, got {share}")
     faults = list(pruning_faults(visual))
     if faults:
-        raise ConfigError(f"student.prune: this picture tower cannot be pruned: {'; '.join(faults)}")
+        raise ConfigError(f"{section}: this picture tower cannot be pruned: {'; '.join(faults)}")
     if share == 1:
         return
     _check_pictures(pixels)
@@ -95,10 +102,10 @@ def prune_channels(
             same = torch.equal(_embedded(whole, pixels[:2]), _embedded(visual, pixels[:2]))
         except _TRACING_FAULTS as fault:
             reason = " ".join(str(fault).split())[:200] or type(fault).__name__
-            raise ConfigError(f"student.prune: this picture tower cannot be pruned: {reason}") from fault
+            raise ConfigError(f"{section}: this picture tower cannot be pruned: {reason}") from fault
     if not same:
         raise ConfigError(
-            "student.prune: this picture tower cannot be pruned: rebuilt from its weights it embeds differently"
+            f"{section}: this picture tower cannot be pruned: rebuilt from its weights it embeds differently"
         )
     reestimate(visual, pixels)
 
