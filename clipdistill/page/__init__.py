@@ -13,11 +13,14 @@ ENGINE = ("engine.js", "pixels.js")
 
 # All that the page knows of the service is this object; the bundle's does the same in the browser.
 _SERVICE = re.compile(rb"const service = \{\n.*?\n\};\n", re.DOTALL)
-_IN_BROWSER = b"""\
+_IN_BROWSER = """\
 const engine = import("./engine.js").then((module) => module.open(), (fault) => {
   throw new Problem("The search could not be loaded", `${fault.message}. Is every file of the bundle at this address?`);
 });
-engine.catch(() => {});  // who asks it is told
+const LOADING = "Loading the search…";
+el("status").textContent = LOADING;
+const ready = () => { if (el("status").textContent === LOADING) el("status").textContent = ""; };
+engine.then(ready, () => {});  // of a fault who asks is told
 const titled = (fault) => fault.title ? new Problem(fault.title, fault.message) : fault;
 const service = {
   async info() { try { return (await engine).info(); } catch (fault) { throw titled(fault); } },
@@ -25,7 +28,7 @@ const service = {
     try { return await (await engine).search(query, k, signal); } catch (fault) { throw titled(fault); }
   },
 };
-"""
+""".encode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,6 +169,21 @@ def test_words_are_typed_and_a_picture_is_dropped(made, page, tmp_path):
     page.screenshot(path=f"{os.environ.get('CLIPDISTILL_SCREENSHOTS', tmp_path)}/web-picture.png")
 
 
+def test_until_it_is_loaded_it_says_so_and_keeps_the_question(browser, host):
+    page = browser.new_page()
+    held = []
+    page.route("**/vectors.bin", lambda route: held.append(route))
+    page.goto(f"{host}made/web/")
+    page.fill("#text", "red")
+    page.wait_for_timeout(300)
+    assert page.inner_text("#status") == "Loading the search…"
+    assert page.locator(".card").count() == 0
+    held[0].continue_()
+    page.wait_for_selector("#found .card")
+    assert "results in" in page.inner_text("#status")
+    page.close()
+
+
 def test_what_cannot_be_searched_is_said_and_the_next_search_works(page):
     page.wait_for_selector("#about:not(:empty)")
     drop(page, b"no picture at all")
