@@ -44,7 +44,7 @@ def open_beside(run: Path, keys: tuple[str, ...], index: Path | None, threads: i
         )
     if index is not None:
         return _shown(whole), Searcher(whole, VectorIndex.load(index, encoder=whole.fingerprint))
-    data = load_data(workspace)
+    data = load_data(workspace, note=False)
     cache = stored_rows(workspace, *data.stored(workspace.config), teachers)
     missing = [key for key in keys if cache is None or not cache.has_image(key)]
     if cache is None or missing:

@@ -113,12 +113,13 @@ def name_checks(raw: Mapping[str, Any], base: Path) -> Iterator[str]:
             yield from prune_faults(image)
 
 
-def load_data(workspace: Workspace, *, limit: bool = True) -> RunData:
+def load_data(workspace: Workspace, *, limit: bool = True, note: bool = True) -> RunData:
     """Read every source of the configuration, refuse bad rows, and stop when there are too many of them.
 
     Args:
         workspace: The run.
-        limit: Whether too many refused rows are a fault here; they are listed in any case.
+        limit: Whether too many refused rows are a fault here.
+        note: Whether to list the refused rows in the run's folder; without, nothing is written there.
 
     Raises:
         ConfigError: If there are no classes for a classification, or not the ones that are named.
@@ -131,7 +132,8 @@ def load_data(workspace: Workspace, *, limit: bool = True) -> RunData:
     texts = _load(config, config.data.texts, "texts", taken) if config.data.texts else None
     sources = [*sets.values(), *(source for source in (images, texts) if source is not None)]
     rejected = tuple(row for source in sources for row in source.rejected)
-    write_rejections(workspace.rejected, rejected)
+    if note:
+        write_rejections(workspace.rejected, rejected)
     words = _weighted_texts(texts) if texts else {}
     classes = _classes(config, sets) if config.task.kind == "classification" else None
     if classes is not None:

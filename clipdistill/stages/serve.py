@@ -221,7 +221,9 @@ def _pictures(folder: Path) -> PictureSource:
     from clipdistill.stages.beside import open_run
     from clipdistill.stages.inputs import load_data
 
-    return PictureTable({pair.key: pair.picture for pair in load_data(open_run(folder)).pairs if pair.picture})
+    return PictureTable(
+        {pair.key: pair.picture for pair in load_data(open_run(folder), note=False).pairs if pair.picture}
+    )
 
 
 def _token_counter(tokenizer: StudentTokenizer) -> Callable[[Sequence[str]], int]:

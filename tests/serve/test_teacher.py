@@ -50,12 +50,14 @@ def test_its_hits_for_words_and_pictures_are_shown_beside(made):
     rows = TeacherCache.open(workspace.cache).image_rows(keys)
     teacher = open_teachers(workspace.config)[0]
     data = (folder / "test/p035.png").read_bytes()
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (folder / "run").rglob("*")}
     with TestClient(build_app(served(folder, pictures=folder / "run"), Options())) as client:
         assert [model["name"] for model in client.get("/info").json()["models"]] == ["small", "teacher"]
         text = client.post("/search", json={"text": tiny.caption(3), "k": 9, "compare": True}).json()["compared"]
         shown = client.post("/search?k=1&compare=true", content=data, headers=PNG).json()
         body = client.post("/v1/embeddings", json={"input": tiny.caption(3), "model": "teacher"}).json()
         item = client.get(shown["compared"]["hits"][0]["item"])
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (folder / "run").rglob("*")} == before
     query = teacher.encode_texts([tiny.caption(3)])
     wanted = exact_top_k(query, rows, 9)
     assert [hit["key"] for hit in text["hits"]] == [keys[row] for row in wanted.ids[0]]
