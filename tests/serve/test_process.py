@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import httpx
 import numpy as np
@@ -139,9 +138,11 @@ def test_3_sigterm_ends_it_and_nothing_that_was_asked_is_in_its_log(served):
 
 def test_a_stop_finishes_the_requests_that_have_begun(tmp_path):
     script = (
-        "import sys; from little_service import *; from clipdistill.serve.app import create_app;"
+        "import sys, threading; from little_service import *; from clipdistill.serve.app import create_app;"
         "from clipdistill.serve.run import run; import logging; logging.basicConfig(level=logging.INFO);"
         "made = searcher(gallery(sys.argv[1], each=1), ColourEncoder()); made.encoder.pause_s = 1.5;"
+        "say = lambda: made.encoder.entered.wait() and print('begun', file=sys.stderr, flush=True);"
+        "threading.Thread(target=say, daemon=True).start();"
         "run(create_app(made), port=0)"
     )
     paths = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")])
@@ -152,7 +153,7 @@ def test_a_stop_finishes_the_requests_that_have_begun(tmp_path):
     body = {"text": "red", "k": 1}
     thread = threading.Thread(target=lambda: answers.append(httpx.post(f"{address}/search", json=body, timeout=20)))
     thread.start()
-    time.sleep(0.7)
+    assert process.stderr.readline() == "begun\n"
     process.send_signal(signal.SIGTERM)
     thread.join(20)
     _, log = process.communicate(timeout=20)
