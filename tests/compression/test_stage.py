@@ -262,21 +262,60 @@ def test_the_index_alone_is_compressed_where_the_pictures_stay_the_teachers(tmp_
     assert hits[0][0].key == hits[1][0].key
 
 
-def test_the_benchmark_reads_the_best_within_a_bound_off_vals_curve(monkeypatch):
+@pytest.fixture
+def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    from compression_budget import within
+    before = set(sys.modules)
+    import compression_budget
 
-    points = [
-        {"set": name, "dim": size, "rotation": "pca", "factory": "SQ8", "bytes_per_vector": size, "retention": kept}
-        for name, size, kept in (
-            ("val", 16, 0.5),
-            ("val", 32, 0.8),
-            ("val", 64, 0.9),
-            ("test", 16, 0.9),
-            ("test", 32, 0.7),
-            ("test", 64, 0.6),
-        )
+    yield compression_budget
+    for name in {"compression_budget", "result"} & (set(sys.modules) - before):
+        del sys.modules[name]
+
+
+def points_of(name, kept):
+    """Points of a curve at 16, 32, 64, ... bytes."""
+    which = {"rotation": "pca", "factory": "SQ8", "share": 1.0, "precision": "int8", "megabytes": 5.0}
+    return [
+        which
+        | {"set": name, "dim": 16 << place, "bytes_per_vector": 16 << place, "success": value / 2, "retention": value}
+        | {"retention_low": value - 0.1, "retention_high": value + 0.1}
+        for place, value in enumerate(kept)
     ]
-    assert within(points, 50, "test")["retention"] == 0.7
-    assert within(points, 64, "test")["retention"] == 0.6
-    assert within(points, 8, "test") is None
+
+
+def test_the_benchmark_reads_the_best_within_a_bound_off_vals_curve(bench):
+    points = points_of("val", (0.5, 0.8, 0.9)) + points_of("test", (0.9, 0.7, 0.6))
+    assert bench.within(points, 50, "test")["retention"] == 0.7
+    assert bench.within(points, 64, "test")["retention"] == 0.6
+    assert bench.within(points, 8, "test") is None
+
+
+def test_the_benchmarks_figures_are_those_of_the_shipped_combination_and_no_missed_bar_is_left_out(bench):
+    sizes = {"teacher": (256, 100.0), "student": (512, 20.0), "runtime": (8, 5.0)}
+    rows = [
+        {"set": name, "kind": kind, "success": value, "overlap": 0.5, "lost": 0.1}
+        | {"bytes_per_vector": sizes[kind][0], "megabytes": sizes[kind][1], "images_per_s": None, "texts_per_s": 2.0}
+        for name in ("val", "test", "unseen")
+        for kind, value in (("teacher", 0.8), ("student", 0.5), ("runtime", 0.45))
+    ]
+    curve = [point for name in ("val", "test", "unseen") for point in points_of(name, (0.5, 0.8))]
+    chosen = {"share": 0.7, "dim": 32, "bytes_per_vector": 8, "megabytes": 5.0, "precision": "int8"}
+    figures = bench.figures_of({"rows": rows, "curve": curve, "chosen": chosen})
+    assert set(bench.BARS) <= set(figures)
+    assert figures["kept_test"] == 0.9
+    assert (figures["times_smaller_on_disk"], figures["times_fewer_bytes_a_vector"]) == (20, 64)
+    assert (figures["kept_test_at_8x"], figures["kept_test_at_8x_bytes"]) == (0.8, 32)
+    assert (figures["retention_unseen_at_4x"], figures["best_retention_unseen_at_10x"]) == (0.8, 0.5)
+    assert (figures["runtime_success10_unseen"], figures["texts_per_s_times"]) == (0.45, 1)
+    assert "pictures_per_s_times" not in figures
+    assert bench.figures_of({"rows": rows, "curve": [], "chosen": chosen})["retention_test_at_4x"] == 0
+
+
+def test_a_finished_run_is_copied_for_the_benchmark_and_left_as_it_is(bench, folder, tmp_path):
+    bench.copied(folder / "out", tmp_path / "copy")
+    assert DualEncoder.load(tmp_path / "copy" / "student").dim == 24
+    (tmp_path / "copy" / "mine").touch()
+    bench.copied(folder / "out", tmp_path / "copy")
+    assert (tmp_path / "copy" / "mine").exists(), "the same student's copy is kept"
+    assert not (tmp_path / "copy" / "compressed").exists()
