@@ -290,7 +290,9 @@ def serve(
         Path | None, typer.Option("--teacher-index", help="The teacher's index; the run's cache if not given.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The model's name; the folder's when not given.")] = None,
-    precision: Annotated[str, typer.Option("--precision", help="fp32, fp16 or int8.")] = "fp32",
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="fp32, fp16 or int8; fp32 if not given, or what the export holds.")
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="The port; 0: any free one.")] = 8000,
     allow_host: Annotated[
@@ -303,7 +305,7 @@ def serve(
 ) -> None:
     """Serve an export over HTTP: search, embeddings, and the search page. SIGTERM finishes what has begun."""
     from clipdistill.serve.options import Options
-    from clipdistill.stages.serve import Served
+    from clipdistill.stages.serve import Served, held_precision
     from clipdistill.stages.serve import serve as serve_export
 
     options = Options(batch=batch, window_ms=window_ms, waiting=waiting, hosts=tuple(allow_host or ()))
@@ -315,7 +317,7 @@ def serve(
         pictures=pictures,
         compare=compare,
         compare_index=compare_index,
-        precision=precision,
+        precision=precision or held_precision(export),
         threads=threads,
         indexes=tuple(further),
         dims=tuple(dim or ()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -170,7 +171,8 @@ def compression_curve(budget: Mapping[str, Any]) -> Drawing | None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_ylim(bottom=0)
+        lowest = min(kept for points in lines.values() for _, kept in points)
+        axes.set_ylim(bottom=max(0.0, math.floor(10 * lowest - 1) / 10))  # nearly flat from 0 on
         axes.set_xlabel("bytes a vector")
         axes.legend(handles=_handles(colours, [precision for _, precision in lines]), loc="lower right", ncols=2)
         words = "; ".join(_words(f"{name}, {precision}", points) for (name, precision), points in lines.items())

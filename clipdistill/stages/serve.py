@@ -85,6 +85,22 @@ def serve(served: Served, options: Options, host: str, port: int) -> None:
     run(build_app(served, options), host, port)
 
 
+def held_precision(export: Path) -> str:
+    """The precision that is served where none is asked for: fp32, or the first that an export without it holds.
+
+    Args:
+        export: An export's folder; one that is not there is told when it is opened.
+
+    Raises:
+        DataError: If the folder is no export.
+        MismatchError: If its manifest is another artefact's.
+    """
+    from clipdistill.runtime.folder import ExportFolder
+
+    held = ExportFolder.open(export).precisions if export.is_dir() else ()
+    return held[0] if held and "fp32" not in held else "fp32"
+
+
 def build_app(served: Served, options: Options) -> FastAPI:
     """Load what is to be served, as the application.
 
