@@ -142,7 +142,7 @@ def index(
 def compress(
     config: Run, overrides: Overrides = None, out: Out = None, force: Force = False, as_json: Json = False
 ) -> None:
-    """Find the smallest width and index that keep compress.target, and say what each step costs in recall."""
+    """Find the smallest towers and index that keep compress.target, export them, and say what each step costs."""
     from clipdistill.report.compression import budget_summary
     from clipdistill.stages.run import run as run_until
 

@@ -285,8 +285,9 @@ def _timed(found: _Search, steps: Sequence[Step]) -> list[Step]:
     encoders: dict[str, Encoder] = {} if found.teacher is None else {"teacher": found.teacher}
     encoders |= {"student": asking(found.student), "pruned": asking(found.form.student)}
     encoders |= {"truncated": asking(found.shipped.student), "runtime": found.shipped.encoder}
-    encoders["quantised"] = runtime(found.form.exports[found.one.precision], found.one.precision)
     kinds = {step.kind for step in steps}
+    if "quantised" in kinds:
+        encoders["quantised"] = runtime(found.form.exports[found.one.precision], found.one.precision)
     rates = timed(found.rows, {kind: encoder for kind, encoder in encoders.items() if kind in kinds})
     return [
         replace(

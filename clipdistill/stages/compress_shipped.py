@@ -178,9 +178,11 @@ def timed(rows: Rows, encoders: Mapping[str, Encoder]) -> dict[str, Speed]:
         rows: The run's.
         encoders: By the kind of their step.
     """
-    pictures = [pair.picture for pair in rows.pairs[VAL][:_PICTURES] if pair.picture is not None]
+    pictures = [pair.picture for pair in rows.pairs[VAL] if pair.picture is not None]
     with _one_thread():
-        return compare_speed(encoders, () if rows.stored else pictures, rows.texts[VAL][:_TEXTS], batch=_BATCH)
+        return compare_speed(
+            encoders, () if rows.stored else pictures[:_PICTURES], rows.texts[VAL][:_TEXTS], batch=_BATCH
+        )
 
 
 def _check_cut(small: DualEncoder, rows: Rows, form: Form, cut: Cut) -> None:

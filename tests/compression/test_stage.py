@@ -251,13 +251,18 @@ def test_faults_of_the_section(folder, override, fault):
 def test_the_index_alone_is_compressed_where_the_pictures_stay_the_teachers(tmp_path):
     query_side(tmp_path)
     done = call(
-        "compress", tmp_path, 'compress.factories=["Flat","SQ8"]', "compress.k=8", "compress.target.retention=0.01"
+        "compress",
+        tmp_path,
+        'compress.factories=["Flat","SQ8"]',
+        "compress.k=8",
+        "compress.target.retention=0.01",
+        'compress.precisions=["fp16","int8"]',
     )
     assert done.exit_code == 0, done.output
     made = tmp_path / "out" / "compressed"
     budget, student = json.loads((made / "budget.json").read_text()), DualEncoder.load(made / "student")
     tried = [(one["rotation"], one["factory"], one["precision"]) for one in budget["candidates"]]
-    assert tried == [("whole", factory, one) for one in ("fp32", "int8") for factory in ("Flat", "SQ8")]
+    assert tried == [("whole", factory, one) for one in ("fp16", "int8") for factory in ("Flat", "SQ8")]
     assert (budget["chosen"]["factory"], budget["chosen"]["precision"]) == ("SQ8", "int8")
     assert [row["images_per_s"] for row in budget["rows"]] == [None] * len(budget["rows"])
     index = VectorIndex.load(made / "index", encoder=student.searches.fingerprint)
