@@ -8,7 +8,7 @@ from pydantic import BeforeValidator
 
 from clipdistill.config.base import Count, Positive, Section, as_names
 
-LayoutName = Literal["open_clip", "clip_model", "onnx", "immich", "triton", "vectors", "web"]
+LayoutName = Literal["open_clip", "clip_model", "sentence_transformers", "onnx", "immich", "triton", "vectors", "web"]
 Precision = Literal["fp32", "fp16", "int8"]
 
 

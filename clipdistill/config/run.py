@@ -326,6 +326,11 @@ def _export_faults(config: RunConfig) -> Iterator[str]:
             )
         if layout in export.layouts and (student.prune or 1) < 1:
             yield f"export.layouts: {name} cannot rebuild the narrower tower of student.prune; leave {layout} out"
+    if "sentence_transformers" in export.layouts and (student.prune or 1) < 1:
+        yield (
+            "export.layouts: sentence_transformers cannot rebuild the narrower tower of student.prune; "
+            "leave sentence_transformers out"
+        )
     for name in ("immich", "vectors"):
         if name in export.layouts and student.image == "teacher":
             yield f'export.layouts: {name} needs a picture tower, not student.image = "teacher"; leave it out'

@@ -10,12 +10,17 @@ from typing import Any
 from clipdistill.formats.immich import immich_use
 from clipdistill.formats.onnx import onnx_in_javascript
 from clipdistill.formats.parity import Parity
+from clipdistill.formats.sentence_transformers import USE as SENTENCE_TRANSFORMERS_USE
 from clipdistill.formats.triton import triton_use
 from clipdistill.formats.vectors import VECTORS_USE
 from clipdistill.formats.web import WEB_USE
 
 UNKNOWN = "unknown"
-_LIBRARIES = (("open_clip", "open_clip"), ("clip_model", "transformers"))
+_LIBRARIES = (
+    ("open_clip", "open_clip"),
+    ("clip_model", "transformers"),
+    ("sentence_transformers", "sentence-transformers"),
+)
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,8 @@ def _use(values: Mapping[str, Any]) -> str:
             "    texts = model.get_text_features(**tokens).pooler_output  # pictures: get_image_features\n"
             "texts = texts / texts.norm(dim=-1, keepdim=True)\n```"
         )
+    if "sentence_transformers" in values["layouts"]:
+        parts.append(SENTENCE_TRANSFORMERS_USE)
     if "onnx" in values["layouts"]:
         suffix = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}[values["precisions"][0]]
         parts.append(

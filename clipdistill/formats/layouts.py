@@ -18,6 +18,8 @@ from clipdistill.formats.immich import PATHS as IMMICH_PATHS
 from clipdistill.formats.immich import immich_faults, write_immich
 from clipdistill.formats.onnx import graph_path, write_onnx
 from clipdistill.formats.open_clip import FILES, open_clip_faults, write_open_clip
+from clipdistill.formats.sentence_transformers import FILES as SENTENCE_TRANSFORMERS_FILES
+from clipdistill.formats.sentence_transformers import sentence_transformers_faults, write_sentence_transformers
 from clipdistill.formats.triton import triton_paths, write_triton
 from clipdistill.formats.vectors import PATHS as VECTORS_PATHS
 from clipdistill.formats.vectors import vectors_faults
@@ -112,6 +114,20 @@ LAYOUTS = {
         faults=clip_model_faults,
         paths=lambda towers, precisions: CLIP_MODEL_FILES,
         readings=lambda precisions: (Reading("clip_model", "transformers", "read_clip_model.py", "fp32"),),
+    ),
+    "sentence_transformers": Layout(
+        packages=(
+            Package("sentence_transformers", "sentence-transformers", "6"),
+            Package("transformers", "transformers", "5"),
+            Package("timm", "timm"),
+        ),
+        write=write_sentence_transformers,
+        faults=sentence_transformers_faults,
+        paths=lambda towers, precisions: SENTENCE_TRANSFORMERS_FILES,
+        readings=lambda precisions: (
+            Reading("sentence_transformers", "sentence-transformers", "read_sentence_transformers.py", "fp32"),
+        ),
+        by_name=True,
     ),
     "onnx": Layout(
         packages=_ONNX,
