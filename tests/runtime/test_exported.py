@@ -7,14 +7,12 @@ from training import little
 
 from clipdistill.core.errors import DataError
 from clipdistill.data.records import Picture
+from clipdistill.formats import Probe, export
 from clipdistill.retrieval.index import VectorIndex
 from clipdistill.runtime import RuntimeEncoder
 from clipdistill.search import QuerySide, Searcher
 from clipdistill.towers.build import build_query_student
 from clipdistill.towers.encoder import SearchedTeacher
-
-pytest.importorskip("clipdistill.formats.folder", reason="the export is not part of this checkout")
-from clipdistill.formats import Probe, export
 
 pytestmark = pytest.mark.slow
 
