@@ -60,13 +60,15 @@ def main() -> None:
 
 @app.command()
 def demo(overrides: Overrides = None, out: Out = None, force: Force = False, as_json: Json = False) -> None:
-    """Run the main job on the embedded data, and hold its figures against their bars."""
+    """Run the whole job on the embedded data, compress and export, and hold the figures against their bars."""
     from clipdistill.demo import BARS, run_demo
+    from clipdistill.report.compression import budget_summary
     from clipdistill.report.lines import bar_lines
     from clipdistill.report.terminal import summary
 
     outcome = run_demo(overrides or [], out or Path("runs/demo"), force=force)
-    _print(*summary(outcome.report), *bar_lines(outcome.figures, BARS))
+    _print(*summary(outcome.report), "", *budget_summary(outcome.budget), "", *outcome.exported.lines(), "")
+    _print(*bar_lines(outcome.figures, BARS))
     _say_paths(outcome.workspace)
     _finish(outcome.figures, as_json)
     if outcome.missed:

@@ -79,7 +79,7 @@ def run_all(workspace: Workspace, *, force: bool = False) -> dict[str, Any]:
         for stage in (*STAGES, "compress"):
             workspace.note(stage).unlink(missing_ok=True)
         made = (workspace.training, workspace.student, workspace.combined, workspace.mutual, workspace.index)
-        for path in (*made, workspace.compressed, workspace.recovery, workspace.folder / "cache"):
+        for path in (*made, workspace.compressed, workspace.recovery, workspace.export, workspace.folder / "cache"):
             _remove(path)
     return run(workspace)
 
