@@ -67,7 +67,8 @@ def demo(overrides: Overrides = None, out: Out = None, force: Force = False, as_
     from clipdistill.report.terminal import summary
 
     outcome = run_demo(overrides or [], out or Path("runs/demo"), force=force)
-    _print(*summary(outcome.report), "", *budget_summary(outcome.budget), "", *outcome.exported.lines(), "")
+    _print(*summary(outcome.report), "", *budget_summary(outcome.budget), "", *outcome.exported.lines())
+    _print("verify: every layout loaded again, all files as they were written", "")
     _print(*bar_lines(outcome.figures, BARS))
     _say_paths(outcome.workspace)
     _finish(outcome.figures, as_json)
