@@ -15,7 +15,7 @@ from rich.text import Text
 from clipdistill.report.panel import CYCLE, INK, Drawing, drawing, panel
 from clipdistill.report.tables import MISSING, amount, count, decimal, share
 
-_WIDE, _HIGH = 5.4, 3.4
+_WIDE, _HIGH = 10.6, 3.6
 _MARKS: Mapping[str, tuple[str, Literal["-", "-.", "--"]]] = {
     "fp32": ("o", "-"),
     "fp16": ("^", "-."),
@@ -161,7 +161,7 @@ def compression_curve(budget: Mapping[str, Any]) -> Drawing | None:
     if not lines:
         return None
     colours = dict(zip(dict.fromkeys(name for name, _ in lines), [*CYCLE, *CYCLE], strict=False))
-    with panel(_WIDE, _HIGH, left=0.12, right=0.97) as (figure, axes):
+    with panel(_WIDE, _HIGH, left=0.06, right=0.985) as (figure, axes):
         for (name, precision), points in lines.items():
             xs, ys = zip(*points, strict=True)
             mark, dash = _MARKS[precision]
@@ -228,4 +228,5 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _with_interval(row: Mapping[str, Any], field: str) -> str:
     if row[field] is None:
         return MISSING
-    return f"{share(row[field])} [{share(row[f'{field}_low'])}, {share(row[f'{field}_high'])}]"
+    low, high = row[f"{field}_low"], row[f"{field}_high"]
+    return share(row[field]) if low == high else f"{share(row[field])} [{100 * low:.1f}, {100 * high:.1f}]"
