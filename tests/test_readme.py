@@ -85,12 +85,14 @@ def test_its_source_forms_are_read(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_python_example_runs(tmp_path):
+def test_the_python_examples_run(tmp_path):
     """On a small run in place of the demo's."""
     tiny.run_toml(tmp_path)
-    call = [sys.executable, "-m", "clipdistill", "run", "run.toml", "--out", "runs/demo"]
-    subprocess.run(call, cwd=tmp_path, check=True, capture_output=True)
-    done = subprocess.run(
-        [sys.executable, "-c", blocks("python")[0]], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert len(done.stdout.splitlines()) == 5
+    for verb, *more in (("run",), ("export", 'export.layouts=["onnx"]')):
+        call = [sys.executable, "-m", "clipdistill", verb, "run.toml", *more, "--out", "runs/demo"]
+        subprocess.run(call, cwd=tmp_path, check=True, capture_output=True)
+    examples = blocks("python")
+    assert len(examples) == 2
+    for example in examples:
+        done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True)
+        assert len(done.stdout.splitlines()) == 5, done.stderr
