@@ -70,7 +70,8 @@ def read_json(path: Path) -> Any:
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which takes the place of ``folder`` when the block ends without an error.
 
-    The old folder stays untouched until then. Every file is fsynced before the swap.
+    The old folder stays untouched until then. Every file is fsynced before the swap, and gets the mode that the umask
+    leaves of 0666: some libraries hide what they write from everyone but its owner, who may not be the one that serves.
 
     Args:
         folder: The final place.
@@ -80,12 +81,14 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{folder.name}-", dir=folder.parent))
-    aside.chmod(0o777 & ~_umask())
+    seen = ~_umask()
+    aside.chmod(0o777 & seen)
     old = folder.parent / f"{TEMPORARY}old-{folder.name}"
     try:
         yield aside
         for path in sorted(aside.rglob("*")):
             if path.is_file():
+                path.chmod(0o666 & seen)
                 with path.open("rb") as handle:
                     os.fsync(handle.fileno())
         shutil.rmtree(old, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
@@ -14,6 +15,7 @@ from clipdistill.towers.encoder import Vectors
 
 _NUMBERS = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
 _ERRORS_ALONE = 3
+_EXTERNAL, _NOWHERE = "session.model_external_initializers_file_folder_path", f"{os.devnull}/nowhere"
 
 
 @final
@@ -88,6 +90,9 @@ def _session(name: str, model: bytes, threads: int) -> Any:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.use_deterministic_compute = True
     options.log_severity_level = _ERRORS_ALONE
+    # A graph may keep its weights in a file that it names, which for a graph from memory starts at the working folder,
+    # and climbs: it would give the bytes of any file that this process may read. From here there is none to be found.
+    options.add_session_config_entry(_EXTERNAL, _NOWHERE)
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as fault:  # ONNX Runtime's exceptions have no common class but this

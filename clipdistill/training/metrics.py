@@ -141,4 +141,12 @@ def _scalars(line: Line) -> Iterator[tuple[str, float]]:
 def _event_writer(folder: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # loads tensorboard, which takes a second
 
+    _wait_for_its_own_second(folder)
     return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _wait_for_its_own_second(folder: Path) -> None:
+    """TensorBoard reads files by their names, which begin with the second: of two of one second, in any order."""
+    taken = {path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")}
+    while f"{int(time.time()):010d}" in taken:
+        time.sleep(0.05)

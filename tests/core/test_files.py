@@ -39,12 +39,13 @@ def test_modes_follow_the_umask(tmp_path):
     old = os.umask(0o027)
     try:
         files.write_text(tmp_path / "a", "x")
-        with files.replaced_folder(tmp_path / "d"):
-            pass
+        with files.replaced_folder(tmp_path / "d") as aside:
+            (aside / "hidden").touch(0o600)
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
     assert stat.S_IMODE((tmp_path / "d").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "d/hidden").stat().st_mode) == 0o640  # as a library may leave it
 
 
 def test_json_has_stable_bytes(tmp_path):

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
+from onnx import TensorProto, helper
 from runtime import tiny_export
 
 from clipdistill.core.errors import ConfigError, DataError, MismatchError, MissingExtraError
@@ -299,3 +300,26 @@ def test_without_onnx_runtime_the_pip_line_is_given(made, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r"onnxruntime is not installed.*clipdistill\[serve\]"):
         RuntimeEncoder.load(made[0])
+
+
+@pytest.mark.parametrize("location", ["secret.bin", "../{here}/secret.bin", "{path}/secret.bin"])
+def test_a_graph_reads_no_file_beside_itself(tmp_path, monkeypatch, location):
+    """Whoever writes the manifest also writes the digests: a forged graph must not give away what lies elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    np.arange(12, dtype=np.float32).tofile("secret.bin")
+    held = TensorProto(name="held", data_type=TensorProto.FLOAT, dims=[2, 6], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": location.format(here=tmp_path.name, path=tmp_path), "length": "48"}.items():
+        held.external_data.add(key=key, value=value)
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["held", "x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [held],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    tiny_export.write(tmp_path / "e")
+    (tmp_path / "e/onnx/text_model.onnx").write_bytes(model.SerializeToString())
+    tiny_export.sign(tmp_path / "e")
+    with pytest.raises(DataError, match=r"text_model\.onnx: ONNX Runtime .* cannot load it"):
+        RuntimeEncoder.load(tmp_path / "e")

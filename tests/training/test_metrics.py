@@ -41,6 +41,8 @@ def test_going_on_cuts_off_later_lines_and_half_a_line(tmp_path):
     with Metrics(tmp_path, 20) as metrics:
         metrics.write({"step": 30, "loss": 31.0})
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(10, 10), (20, 20), (20, 20), (30, 31)]
+    seconds = [path.name.split(".")[3] for path in (tmp_path / "tensorboard").iterdir()]
+    assert len(set(seconds)) == 2  # files of one second would be read in any order
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert events.Scalars("loss")[-1].value == 31.0
     assert len([event for event in events.Scalars("loss") if event.step == 30]) == 1
