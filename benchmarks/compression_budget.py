@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result import write_result
+from result import tell, write_result
 
 from clipdistill.core import files
 from clipdistill.demo import demo_config
@@ -89,7 +89,7 @@ def _pruned(budget: Mapping[str, Any]) -> dict[str, float]:
         if one["share"] < 1 and one["precision"] == "int8" and one["bytes_per_vector"] <= within_8x
     ]
     if not found:
-        return {}
+        return {"pruned_kept_val": 0.0}  # a bar that nothing reaches is missed, not left out
     best = max(found, key=lambda one: (one["retention"], -one["bytes_per_vector"]))
     return {"pruned_kept_val": best["retention"], "pruned_share": best["share"], "pruned_megabytes": best["megabytes"]}
 
@@ -160,10 +160,7 @@ def main() -> None:
     figures = figures_of(run(workspace, until="compress", force=options.force))
     if (workspace.compressed / "export").exists():
         figures["export_folder_megabytes"] = round(files.folder_bytes(workspace.compressed / "export") / 1e6, 3)
-    for name, value in figures.items():
-        _log.info("%s: %s", name, value)
-    for name, bar in BARS.items():
-        _log.info("%s %s: %s", name, bar, figures.get(name))
+    tell(_log, figures, BARS)
     if options.dry:
         return
     seconds = time.monotonic() - started

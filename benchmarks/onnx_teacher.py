@@ -6,11 +6,7 @@ through the teacher's own transform and tokenizer, and padding is cut away where
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +17,12 @@ from torch import Tensor, nn
 
 from clipdistill.data.pictures import decode
 from clipdistill.data.records import Picture
+from clipdistill.formats.graphs import traced
 from clipdistill.towers import context
 from clipdistill.towers.encoder import Vectors
 from clipdistill.towers.teacher import Teacher
 
-OPSET, EXAMPLES, LARGEST_BATCH = 18, 3, 4096
+EXAMPLES, LARGEST_BATCH = 3, 4096
 
 
 class OnnxTeacher:
@@ -33,24 +30,22 @@ class OnnxTeacher:
 
     Args:
         teacher: The teacher, in float32 on the CPU.
-        folder: Where the graphs go.
         threads: Of one run.
     """
 
-    def __init__(self, teacher: Teacher, folder: Path, threads: int) -> None:
+    def __init__(self, teacher: Teacher, threads: int) -> None:
         self._teacher = teacher
-        folder.mkdir(parents=True, exist_ok=True)
         batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
         pixels = teacher.transform(Image.new("RGB", (8, 8), "white"))
         tokens = teacher.tokenizer(["a photo of a red bicycle"] * EXAMPLES)
         if teacher.cuts:
             tokens = context.cut(teacher.model, tokens)
         length = {1: torch.export.Dim("length", min=1, max=512)} if teacher.cuts else {}
-        with _quiet():
-            image = _written(_Pictures(teacher.model), pixels.expand(EXAMPLES, -1, -1, -1), {0: batch})
-            text = _written(_Texts(teacher.model), tokens, {0: batch, **length})
-        self._image = _session(image, folder / "teacher_image.onnx", threads)
-        self._text = _session(text, folder / "teacher_text.onnx", threads)
+        examples = {"given": pixels.expand(EXAMPLES, -1, -1, -1).contiguous()}
+        self._image = _session(traced(_Pictures(teacher.model), examples, {"given": {0: batch}}), threads)
+        self._text = _session(
+            traced(_Texts(teacher.model), {"given": tokens}, {"given": {0: batch, **length}}), threads
+        )
 
     @property
     def dim(self) -> int:
@@ -103,42 +98,12 @@ class _Texts(nn.Module):
         return nn.functional.normalize(features, dim=-1)
 
 
-def _written(module: nn.Module, example: Tensor, shape: dict[int, Any]) -> Any:
-    program = torch.onnx.export(
-        module.eval(),
-        kwargs={"given": example.contiguous()},
-        dynamo=True,
-        input_names=["given"],
-        output_names=["rows"],
-        opset_version=OPSET,
-        dynamic_shapes={"given": shape},
-        verbose=False,
-    )
-    assert program is not None
-    return program
-
-
-def _session(program: Any, path: Path, threads: int) -> Any:
-    program.save(str(path))
+def _session(model: Any, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A block in which attention is written in plain operations, and the exporter does not speak."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -44,6 +45,13 @@ def write_result(
     }
     files.write_json(path, result)
     return path
+
+
+def tell(log: logging.Logger, figures: Mapping[str, float], bars: Mapping[str, Mapping[str, float]]) -> None:
+    """Say the figures, each beside its bar."""
+    for name, value in figures.items():
+        bar = "".join(f"  ({side.replace('_', ' ')} {bound:g})" for side, bound in bars.get(name, {}).items())
+        log.info("%s: %s%s", name, value, bar)
 
 
 def machine() -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from onnx_teacher import OnnxTeacher
-from result import write_result
+from result import tell, write_result
 
 from clipdistill.config import RunConfig
 from clipdistill.data.records import Picture
@@ -114,12 +114,11 @@ def main() -> None:
     encoders: dict[str, Encoder] = {"torch": student}
     teacher = first_teacher(open_teachers(workspace.config))
     if teacher is not None:  # else its embeddings alone are at hand
-        encoders["teacher"] = OnnxTeacher(teacher, options.run / "teacher_onnx", 1)
+        encoders["teacher"] = OnnxTeacher(teacher, 1)
     encoders |= {name: RuntimeEncoder.load(exported, precision=name, threads=1) for name in PRECISIONS}
     figures |= rates(encoders, pictures, texts)
     figures = {name: round(value, 3) for name, value in figures.items()}
-    for name, value in figures.items():
-        _log.info("%s: %s", name, value)
+    tell(_log, figures, BARS)
     if not options.dry:
         seconds = time.monotonic() - started
         path = write_result("runtime", figures, BARS, seeds=[workspace.config.seed], seconds=seconds, command=COMMAND)

@@ -28,7 +28,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
-from result import write_result
+from result import tell, write_result
 
 from clipdistill.config import RunConfig
 from clipdistill.formats import Probe, export
@@ -193,8 +193,7 @@ def main() -> None:
             figures = in_turn(port, Searcher(encoder, index), texts, options.count)
             figures |= together(port, texts, options.clients, options.count)
     figures = {name: round(value, 3) for name, value in {**figures, "dim": encoder.dim}.items()}
-    for name, value in figures.items():
-        _log.info("%s: %s", name, value)
+    tell(_log, figures, BARS)
     if not options.dry:
         seconds = time.monotonic() - started
         path = write_result("service", figures, BARS, seeds=[workspace.config.seed], seconds=seconds, command=COMMAND)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,7 @@ def export(
         ParityError: If a consumer embeds otherwise than the student, with the figures; no export is left then.
     """
     folder, layouts, precisions = Path(folder), chosen_layouts(student, layouts), tuple(precisions)
-    faults = list(name_faults(layouts, precisions))
-    faults += [fault for name in layouts if name in LAYOUTS for fault in LAYOUTS[name].faults(student)]
-    if VECTORS in layouts and not pairs:
-        faults.append("export.layouts: vectors: there are no pictures whose embeddings it could hold")
-    faults += web.gallery_faults(layouts, gallery, served_dim(student))
+    faults = list(_faults(student, layouts, precisions, pairs, gallery))
     if faults:
         raise ConfigError(faults)
     check_packages(layouts)
@@ -151,6 +147,23 @@ def export(
         }
         manifest.write(aside, KIND, VERSION, values, fingerprint.of_folder(aside, skip=()))
     return _report(folder, values, parities, found)
+
+
+def _faults(
+    student: DualEncoder,
+    layouts: Sequence[str],
+    precisions: Sequence[str],
+    pairs: Sequence[Pair],
+    gallery: web.Gallery | None,
+) -> Iterator[str]:
+    """Why an export cannot be written as it is asked for, one sentence each."""
+    yield from name_faults(layouts, precisions)
+    for name in layouts:
+        if name in LAYOUTS:
+            yield from LAYOUTS[name].faults(student)
+    if VECTORS in layouts and not pairs:
+        yield "export.layouts: vectors: there are no pictures whose embeddings it could hold"
+    yield from web.gallery_faults(layouts, gallery, served_dim(student))
 
 
 def verify(folder: str | Path) -> ExportReport:

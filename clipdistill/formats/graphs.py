@@ -87,14 +87,14 @@ def tower_graph(student: DualEncoder, tower: Tower) -> Any:
     batch = torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)
     if tower == "image":
         height, width = student.preprocess.size if student.preprocess is not None else (0, 0)
-        return _exported(
+        return traced(
             _ImageTower(model.visual),
             {"pixel_values": torch.zeros(_EXAMPLES, 3, height, width)},
             {"pixel_values": {0: batch}},
         )
     length = torch.export.Dim("length", min=1, max=student.tokenizer.context_length)
     ids = torch.full((_EXAMPLES, student.tokenizer.context_length - 1), int(student.tokenizer.end_id or 0))
-    return _exported(
+    return traced(
         _TextTower(model, _map_to_teacher(student)),
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         {"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}},
@@ -164,7 +164,17 @@ def _map_to_teacher(student: DualEncoder) -> Tensor | None:
     return student.projection.get_parameter("text.weight").detach().cpu().clone()
 
 
-def _exported(module: nn.Module, inputs: dict[str, Tensor], shapes: dict[str, Any]) -> Any:
+def traced(module: nn.Module, inputs: dict[str, Tensor], shapes: dict[str, Any]) -> Any:
+    """A module as an ONNX model in float32 with one output.
+
+    Args:
+        module: Called with its inputs by name; gives one tensor.
+        inputs: Examples of them.
+        shapes: Which of their dimensions are open, as ``torch.export`` takes it.
+
+    Raises:
+        ConfigError: If torch cannot write the module's operations as ONNX, with the reason.
+    """
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(

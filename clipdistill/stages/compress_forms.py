@@ -24,9 +24,9 @@ from clipdistill.formats.layouts import check_packages
 from clipdistill.formats.onnx import graph_path
 from clipdistill.retrieval.exact import Vectors
 from clipdistill.runtime import RuntimeEncoder
+from clipdistill.runtime.alone import OneByOne
 from clipdistill.runtime.encoder import Precision
 from clipdistill.runtime.folder import TOKENIZER
-from clipdistill.serve.encoders import OneByOne
 from clipdistill.stages.compress_rows import VAL, Rows, asking
 from clipdistill.stages.export import card_facts, spread
 from clipdistill.stages.inherit import prepared_pictures

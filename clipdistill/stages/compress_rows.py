@@ -62,10 +62,11 @@ class Rows:
         indexed = tuple(indexed_pairs(workspace, data))
         if not indexed:
             raise DataError("index.sets: hold no pictures to index")
+        asked = {name: _asked(name, rows, cache) for name, rows in pairs.items()}
         return Rows(
-            asked={name: _asked(name, rows, cache) for name, rows in pairs.items()},
+            asked={name: one for name, (one, _) in asked.items()},
             pairs=pairs,
-            texts={name: _texts(rows) for name, rows in pairs.items()},
+            texts={name: texts for name, (_, texts) in asked.items()},
             indexed=indexed,
             keys=tuple(pair.key for pair in indexed),
             data=data,
@@ -126,23 +127,15 @@ def asking(student: DualEncoder) -> Encoder:
     return student if student.searches is None else QuerySide(student)
 
 
-def _asked(name: str, pairs: tuple[Pair, ...], cache: AnyCache) -> Asked:
-    """A set's texts that have an answer asking for its pictures."""
+def _asked(name: str, pairs: tuple[Pair, ...], cache: AnyCache) -> tuple[Asked, tuple[str, ...]]:
+    """A set's texts that have an answer asking for its pictures, and these texts."""
     rows = judged(name, pairs)
-    places = _places(pairs)
+    places = [place for place, answers in enumerate(rows.relevant_pictures) if answers]
     if not places or not rows.keys:
         raise DataError(f"{name}: no picture has a caption; the recall budget is measured from texts to pictures")
-    teacher = Sides(cache.text_rows([rows.texts[place] for place in places]), cache.image_rows(rows.keys))
-    return Asked(name, rows.keys, tuple(rows.relevant_pictures[place] for place in places), teacher)
-
-
-def _texts(pairs: tuple[Pair, ...]) -> tuple[str, ...]:
-    texts = judged("", pairs).texts
-    return tuple(texts[place] for place in _places(pairs))
-
-
-def _places(pairs: tuple[Pair, ...]) -> list[int]:
-    return [place for place, answers in enumerate(judged("", pairs).relevant_pictures) if answers]
+    texts = tuple(rows.texts[place] for place in places)
+    teacher = Sides(cache.text_rows(texts), cache.image_rows(rows.keys))
+    return Asked(name, rows.keys, tuple(rows.relevant_pictures[place] for place in places), teacher), texts
 
 
 def _spread(rows: Sequence[Row]) -> list[Row]:

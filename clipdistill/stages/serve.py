@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 from clipdistill.core.errors import ConfigError, MissingExtraError
 from clipdistill.retrieval.index import FOLDER, VectorIndex
+from clipdistill.runtime.alone import OneByOne
 from clipdistill.search import QuerySide, Searcher
-from clipdistill.serve.encoders import Leading, OneByOne
+from clipdistill.serve.encoders import Leading
 from clipdistill.serve.options import Options
 from clipdistill.serve.variants import Variant
 from clipdistill.towers.encoder import Encoder

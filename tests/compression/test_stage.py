@@ -19,8 +19,8 @@ from clipdistill.cli import app
 from clipdistill.config import RunConfig
 from clipdistill.core.errors import ConfigError, MissingExtraError, ParityError
 from clipdistill.runtime import RuntimeEncoder
+from clipdistill.runtime.alone import OneByOne
 from clipdistill.search import QuerySide
-from clipdistill.serve.encoders import OneByOne
 from clipdistill.serve.options import Options
 from clipdistill.stages import compress_forms, compress_rows, compress_shipped
 from clipdistill.stages.inputs import load_data, open_cache
@@ -310,7 +310,12 @@ def test_the_benchmarks_figures_are_those_of_the_shipped_combination_and_no_miss
     ]
     curve = [point for name in ("val", "test", "unseen") for point in points_of(name, (0.5, 0.8))]
     chosen = {"share": 0.7, "dim": 32, "bytes_per_vector": 8, "megabytes": 5.0, "precision": "int8"}
-    figures = bench.figures_of({"rows": rows, "curve": curve, "chosen": chosen})
+    candidates = [
+        {"share": share, "precision": "int8", "retention": kept, "bytes_per_vector": size, "megabytes": 5.0}
+        for share, kept, size in ((1.0, 0.99, 8), (0.7, 0.96, 32), (0.7, 0.98, 33), (0.7, 0.9, 8))
+    ]
+    budget = {"rows": rows, "curve": curve, "chosen": chosen, "candidates": candidates}
+    figures = bench.figures_of(budget)
     assert set(bench.BARS) <= set(figures)
     assert figures["kept_test"] == 0.9
     assert (figures["times_smaller_on_disk"], figures["times_fewer_bytes_a_vector"]) == (20, 64)
@@ -318,7 +323,9 @@ def test_the_benchmarks_figures_are_those_of_the_shipped_combination_and_no_miss
     assert (figures["retention_unseen_at_4x"], figures["best_retention_unseen_at_10x"]) == (0.8, 0.5)
     assert (figures["runtime_success10_unseen"], figures["texts_per_s_times"]) == (0.45, 1)
     assert "pictures_per_s_times" not in figures
-    assert bench.figures_of({"rows": rows, "curve": [], "chosen": chosen})["retention_test_at_4x"] == 0
+    assert figures["pruned_kept_val"] == 0.96  # of those within an eighth of the teacher's bytes
+    without = bench.figures_of({**budget, "curve": [], "candidates": []})
+    assert (without["retention_test_at_4x"], without["pruned_kept_val"]) == (0, 0)
 
 
 def test_a_finished_run_is_copied_for_the_benchmark_and_left_as_it_is(bench, folder, tmp_path):

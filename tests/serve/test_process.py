@@ -19,9 +19,9 @@ from runtime import tiny_export
 
 from clipdistill.retrieval.index import VectorIndex
 from clipdistill.runtime import RuntimeEncoder
+from clipdistill.runtime.alone import OneByOne
 from clipdistill.search import Searcher
 from clipdistill.serve.app import create_app
-from clipdistill.serve.encoders import OneByOne
 from clipdistill.serve.options import Options
 from clipdistill.serve.run import _listen
 from clipdistill.stages.serve import Served, build_app

@@ -13,9 +13,10 @@ from clipdistill.core.errors import ConfigError, DataError, MismatchError
 from clipdistill.data.records import Picture
 from clipdistill.retrieval.index import VectorIndex
 from clipdistill.runtime import RuntimeEncoder
+from clipdistill.runtime.alone import OneByOne
 from clipdistill.search import Searcher
 from clipdistill.serve.app import create_app
-from clipdistill.serve.encoders import Leading, OneByOne
+from clipdistill.serve.encoders import Leading
 from clipdistill.serve.options import Options
 from clipdistill.serve.variants import Variant
 from clipdistill.stages.serve import Served, build_app
