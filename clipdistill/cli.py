@@ -294,7 +294,7 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The model's name; the folder's when not given.")] = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", help="fp32, fp16 or int8; fp32 if not given, or what the export holds.")
+        str | None, typer.Option("--precision", help="fp32, fp16 or int8; if not given fp32, or what an export holds.")
     ] = None,
     host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="The port; 0: any free one.")] = 8000,
@@ -308,7 +308,7 @@ def serve(
 ) -> None:
     """Serve an export over HTTP: search, embeddings, and the search page. SIGTERM finishes what has begun."""
     from clipdistill.serve.options import Options
-    from clipdistill.stages.serve import Served, held_precision
+    from clipdistill.stages.serve import Served
     from clipdistill.stages.serve import serve as serve_export
 
     options = Options(batch=batch, window_ms=window_ms, waiting=waiting, hosts=tuple(allow_host or ()))
@@ -320,7 +320,7 @@ def serve(
         pictures=pictures,
         compare=compare,
         compare_index=compare_index,
-        precision=precision or held_precision(export),
+        precision=precision,
         threads=threads,
         indexes=tuple(further),
         dims=tuple(dim or ()),

@@ -72,12 +72,14 @@ class ExportReport:
 
     def lines(self) -> list[str]:
         """What a person wants to know, a line a reading and tower."""
-        found = []
+        found, width = [], max((len(one.reading) for one in self.parities), default=0)
         for one in self.parities:
-            recall = "".join(f"  {name} {value:.4f}" for name, value in one.recall.items())
             for tower, values in one.towers.items():
                 cosine = f"worst cosine {values['worst_cosine']:.7f} of {values['rows']} rows (at least {one.bar})"
-                found.append(f"{one.reading:<12} {tower:<6} {cosine}  {one.library}{recall}")
+                found.append(f"{one.reading:<{width}}  {tower:<5}  {cosine}  {one.library}")
+            if one.recall:
+                recall = "  ".join(f"{name} {value:.4f}" for name, value in one.recall.items())
+                found.append(f"{one.reading:<{width}}  {recall}")
         index = f", with an index of {self.vectors} pictures" if self.vectors else ""
         return [*found, f"export: {self.folder} ({sum(self.sizes.values()) / 1e6:.1f} MB{index})"]
 

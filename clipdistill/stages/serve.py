@@ -39,7 +39,7 @@ class Served:
         pictures: The folder of the indexed pictures, or of the run that has them, for thumbnails; None = no thumbnails.
         compare: Another export whose results are shown beside; None = none.
         compare_index: Its index; None takes the one that it carries.
-        precision: Of the ONNX graphs: fp32, fp16 or int8.
+        precision: Of the ONNX graphs of every export: fp32, fp16 or int8; None takes fp32, or what an export holds.
         threads: For ONNX Runtime and PyTorch; 0 = their own choice.
         indexes: Further indexes of the same student's embeddings: variants to choose among.
         dims: Widths to cut the student's embeddings to, each a variant; it should be trained for them.
@@ -54,7 +54,7 @@ class Served:
     pictures: Path | None = None
     compare: Path | None = None
     compare_index: Path | None = None
-    precision: str = "fp32"
+    precision: str | None = None
     threads: int = 0
     indexes: tuple[Path, ...] = ()
     dims: tuple[int, ...] = ()
@@ -86,22 +86,6 @@ def serve(served: Served, options: Options, host: str, port: int) -> None:
     run(build_app(served, options), host, port)
 
 
-def held_precision(export: Path) -> str:
-    """The precision that is served where none is asked for: fp32, or the first that an export without it holds.
-
-    Args:
-        export: An export's folder; one that is not there is told when it is opened.
-
-    Raises:
-        DataError: If the folder is no export.
-        MismatchError: If its manifest is another artefact's.
-    """
-    from clipdistill.runtime.folder import ExportFolder
-
-    held = ExportFolder.open(export).precisions if export.is_dir() else ()
-    return held[0] if held and "fp32" not in held else "fp32"
-
-
 def build_app(served: Served, options: Options) -> FastAPI:
     """Load what is to be served, as the application.
 
@@ -126,7 +110,7 @@ def build_app(served: Served, options: Options) -> FastAPI:
     if beside is not None and beside[2]:
         texts_alone.append(beside[0])
     return create_app(
-        student.variant(served.precision),
+        student.variant(),
         options,
         name=name,
         compared=None if beside is None else beside[:2],
@@ -153,12 +137,12 @@ class _Opened:
     def helped(self, teacher: Encoder) -> _Opened:
         return replace(self, teacher=teacher) if self.runtime.searches is not None else self
 
-    def encoder(self, precision: str) -> Encoder:
+    def encoder(self) -> Encoder:
         whole: Encoder = self.runtime if self.teacher is None else QuerySide(self.runtime, self.teacher)
-        return OneByOne(whole) if precision == "int8" else whole
+        return OneByOne(whole) if self.runtime.precision == "int8" else whole
 
-    def variant(self, precision: str) -> Variant:
-        return Variant(Searcher(self.encoder(precision), self.index), self.model_bytes)
+    def variant(self) -> Variant:
+        return Variant(Searcher(self.encoder(), self.index), self.model_bytes)
 
 
 def _check(served: Served) -> None:
@@ -183,14 +167,14 @@ def _beside(served: Served, name: str, keys: tuple[str, ...]) -> tuple[str, Sear
     if served.compare is not None:
         opened = _open(served, served.compare, served.compare_index)
         other = served.compare.resolve().name
-        searcher = opened.variant(served.precision).searcher
+        searcher = opened.variant().searcher
         return other if other != name else f"{other} (compared)", searcher, opened.texts_alone
     return None
 
 
 def _variants(served: Served, student: _Opened) -> list[Variant]:
     """The further ways to search: other indexes, fewer dimensions, other students."""
-    encoder, size = student.encoder(served.precision), student.model_bytes
+    encoder, size = student.encoder(), student.model_bytes
     found = [
         Variant(Searcher(encoder, VectorIndex.load(index, encoder=encoder.fingerprint)), size)
         for index in served.indexes
@@ -206,7 +190,7 @@ def _variants(served: Served, student: _Opened) -> list[Variant]:
         if (opened.runtime.searches is None) != (student.runtime.searches is None):
             raise ConfigError(f"--variant {text}: one of it and {served.export} has a text tower alone, the other not")
         helped = opened if student.teacher is None else opened.helped(student.teacher)
-        found.append(helped.variant(served.precision))
+        found.append(helped.variant())
     return found
 
 
@@ -223,10 +207,19 @@ def _open(served: Served, export: Path, index: Path | None) -> _Opened:
     for what, folder in (("export", export), ("index", index)):
         if not folder.is_dir():
             raise ConfigError(f"{what}: {folder}: not a folder. Make it with: clipdistill {what} RUN.toml")
-    runtime = RuntimeEncoder.load(export, precision=cast("Precision", served.precision), threads=served.threads)
-    graphs = [export / name.format(SUFFIXES[served.precision]) for name in (TEXT, VISION)]
+    precision = served.precision or _held_precision(export)
+    runtime = RuntimeEncoder.load(export, precision=cast("Precision", precision), threads=served.threads)
+    graphs = [export / name.format(SUFFIXES[precision]) for name in (TEXT, VISION)]
     size = sum(graph.stat().st_size for graph in graphs if graph.is_file())
     return _Opened(runtime, VectorIndex.load(index, encoder=runtime.fingerprint), size)
+
+
+def _held_precision(export: Path) -> str:
+    """The precision that is served where none is asked for: fp32, or the first that an export without it holds."""
+    from clipdistill.runtime.folder import ExportFolder
+
+    held = ExportFolder.open(export).precisions
+    return held[0] if held and "fp32" not in held else "fp32"
 
 
 def _pictures(folder: Path) -> PictureSource:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 import tiny
 from runtime import tiny_export
 
+from clipdistill.core.errors import ConfigError
 from clipdistill.retrieval.index import VectorIndex
 from clipdistill.runtime import RuntimeEncoder
 from clipdistill.runtime.alone import OneByOne
@@ -268,6 +270,20 @@ def test_two_exports_are_compared_and_int8_goes_one_by_one(made):
     np.testing.assert_array_equal(alone.encode_texts(["a", "b"]), encoder.encode_texts(["a", "b"], 1))
     alone.encode_images(tiny_export.pictures(2))
     assert seen == [1, 1]
+
+
+def test_each_export_is_served_in_a_precision_that_it_holds_where_none_is_asked_for(made, tmp_path):
+    from fastapi.testclient import TestClient
+
+    tiny_export.write(tmp_path / "short", precisions=("int8",))
+    both = Served(made / "small", made / "index", variants=(f"{tmp_path / 'short'}={made / 'index'}",))
+    with TestClient(build_app(both, Options())) as client:
+        names = [one["name"] for one in client.get("/info").json()["models"][0]["variants"]]
+        found = [client.post("/search", json={"text": "cat", "k": 9, "variant": name}).json() for name in names]
+    assert len(names) == 2
+    assert [len(one["hits"]) for one in found] == [9, 9]
+    with pytest.raises(ConfigError, match=r"short has no 'fp32' graphs, it holds: int8"):
+        build_app(replace(both, precision="fp32"), Options())
 
 
 def test_a_dual_encoder_in_pytorch_is_served_too(tmp_path):
